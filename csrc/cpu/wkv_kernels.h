@@ -1,0 +1,30 @@
+// What one instruction set's translation unit offers to wkv_cpu.cpp. A kernel call handles one (sequence, head) pair.
+#pragma once
+
+#include "wkv_params.h"
+
+namespace rwkv {
+
+// Where a sequence lies: batch row, first token, tokens, first chunk state.
+struct Sequence {
+  int64_t index = 0;
+  int64_t row = 0;
+  int64_t first_token = 0;
+  int64_t tokens = 0;
+  int64_t first_chunk = 0;
+};
+
+struct WkvKernels {
+  const char* instruction_set;
+  void (*forward)(const WkvForwardParams&, const Sequence&, int64_t head);
+  void (*backward)(const WkvBackwardParams&, const Sequence&, int64_t head);
+  void (*step)(const WkvStepParams&, int64_t row, int64_t head);
+};
+
+extern const WkvKernels kWkvGeneric;
+#if defined(__x86_64__)
+extern const WkvKernels kWkvAvx2;
+extern const WkvKernels kWkvAvx512;
+#endif
+
+}  // namespace rwkv

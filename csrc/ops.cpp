@@ -1,0 +1,47 @@
+// Every op's schema: the table of contents of rwkv_ext._C. Shapes and meaning: rwkv_ext/ops.py. Implementations:
+// cpu/wkv_cpu.cpp, cuda/wkv_cuda.cpp. Fake, autograd and autocast: rwkv_ext/_registration.py.
+#include <Python.h>
+
+#include <string>
+
+#include "build_info.h"
+#include "torch_api.h"
+
+#ifndef RWKV_CUDA_VERSION
+#define RWKV_CUDA_VERSION ""
+#define RWKV_CUDA_ARCHS ""
+#endif
+
+namespace {
+
+// "name=value" lines; lists are separated by spaces.
+std::string build_info() {
+  return std::string("cpu_instruction_set=") + rwkv::cpu_instruction_set() + "\ncuda_version=" RWKV_CUDA_VERSION +
+         "\ncuda_archs=" RWKV_CUDA_ARCHS "\ncuda_ops=" + (*RWKV_CUDA_VERSION ? "wkv5_step wkv6_step" : "") + "\n";
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(rwkv_ext, m) {
+  m.def("wkv5_forward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor? state, Tensor? cu_seqlens, "
+        "bool save_for_backward) -> (Tensor y, Tensor state_out, Tensor chunk_states, Tensor scores)");
+  m.def("wkv6_forward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor? state, Tensor? cu_seqlens, "
+        "bool save_for_backward) -> (Tensor y, Tensor state_out, Tensor chunk_states, Tensor scores)");
+  m.def("wkv5_backward(Tensor? dy, Tensor? dstate_out, Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor? state, "
+        "Tensor? cu_seqlens, Tensor chunk_states, Tensor scores) "
+        "-> (Tensor dr, Tensor dk, Tensor dv, Tensor dw, Tensor du, Tensor dstate)");
+  m.def("wkv6_backward(Tensor? dy, Tensor? dstate_out, Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor? state, "
+        "Tensor? cu_seqlens, Tensor chunk_states, Tensor scores) "
+        "-> (Tensor dr, Tensor dk, Tensor dv, Tensor dw, Tensor du, Tensor dstate)");
+  m.def("wkv5_step(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor(a!) state, Tensor? slots) -> Tensor");
+  m.def("wkv6_step(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor(a!) state, Tensor? slots) -> Tensor");
+  m.def("build_info() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rwkv_ext, CompositeExplicitAutograd, m) { m.impl("build_info", TORCH_BOX(&build_info)); }
+
+// `import rwkv_ext._C` is what loads the library and so registers the ops; the module itself is empty.
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&definition);
+}

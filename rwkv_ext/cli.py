@@ -1,0 +1,33 @@
+"""The rwkv-ext command: each subcommand lives in the module of its noun and offers add_arguments() and run()."""
+
+import argparse
+import importlib
+import sys
+
+SUBCOMMANDS = {
+    "doctor": ("rwkv_ext.doctor", "what was built, what runs where, and what to do if something is missing"),
+    "data": ("rwkv_ext.data.command", "build, describe and check token shards"),
+    "generate": ("rwkv_ext.generate_command", "write text with a model"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand; a user's mistake ends in one sentence on stderr and exit status 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser("rwkv-ext", description="Eagle (RWKV-5.2) and Finch (RWKV-6) tools.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    wanted = next((word for word in argv if not word.startswith("-")), None)
+    for name, (module, summary) in SUBCOMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if name == wanted:  # the others stay unimported: --help and doctor answer at once
+            importlib.import_module(module).add_arguments(command)
+    args = parser.parse_args(argv)
+    try:
+        return importlib.import_module(SUBCOMMANDS[args.command][0]).run(args)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"rwkv-ext {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

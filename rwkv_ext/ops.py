@@ -1,0 +1,116 @@
+"""The WKV operators: public functions over torch.ops.rwkv_ext.
+
+Axes: B batch, T time, H heads, N head size. A state is [key, value] in its last two axes. dtypes: r, k, v and y share one
+of float32, float64, bfloat16, float16; w and u are each float32 or r's dtype; states are float32 (float64 beside a float64
+r). The arithmetic runs in fp32 (fp64). w is the raw decay parameter omega; the op computes exp(-exp(w)) itself, exact for
+every value: 0 where it underflows, exp(w) = inf included. Non-contiguous inputs work; T = 0, B = 0 and any N are legal.
+Results are bitwise equal from run to run and for any number of threads.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import _load, _registration  # noqa: F401  (registers fake, autograd and autocast)
+
+_DOCUMENTATION = """
+    Args:
+        r, k, v: receptance, key, value [B, T, H, N].
+        w: raw decay {w_shape}.
+        u: bonus for the current token [H, N].
+        state: state before the first token [B, H, N(key), N(value)]; None means zeros.
+        cu_seqlens: int64 or int32 [sequences + 1] on r's device, for packed rows: B is 1, sequence i is tokens
+            cu_seqlens[i] to cu_seqlens[i + 1] - 1, empty ones are allowed, and states are [sequences, H, N, N]. The CPU
+            checks its values; CUDA cannot without a synchronisation and clamps them.
+
+    Returns:
+        y [B, T, H, N] in r's dtype, and the state after the last token.
+
+    Gradients of r, k, v, w, u and state, from y and from the returned state, in the inputs' dtypes and accumulated in
+    fp32 or better. Under autocast r, k, v run in the autocast dtype and w, u, state in fp32. Second derivatives,
+    forward-mode derivatives and torch.func transforms raise NotImplementedError.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit; the message names the argument.
+        RuntimeError: the op library is not built.
+"""
+
+
+def wkv6(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run Finch's recurrence, data-dependent decay (arXiv 2404.05892, section 4.2)."""
+    return _forward("wkv6_forward", r, k, v, w, u, state, cu_seqlens)
+
+
+def wkv5(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run Eagle's recurrence, one decay per channel (arXiv 2404.05892, section 4.1)."""
+    return _forward("wkv5_forward", r, k, v, w, u, state, cu_seqlens)
+
+
+wkv6.__doc__ += "\n" + _DOCUMENTATION.format(w_shape="[B, T, H, N]")
+wkv5.__doc__ += "\n" + _DOCUMENTATION.format(w_shape="[H, N]")
+
+
+def wkv6_step(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, slots: Tensor | None = None
+) -> Tensor:
+    """Run one token of Finch's recurrence for decoding and update state in place."""
+    return _step("wkv6_step", r, k, v, w, u, state, slots)
+
+
+def wkv5_step(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, slots: Tensor | None = None
+) -> Tensor:
+    """Run one token of Eagle's recurrence for decoding and update state in place."""
+    return _step("wkv5_step", r, k, v, w, u, state, slots)
+
+
+_STEP_DOCUMENTATION = """
+    Args:
+        r, k, v: [B, H, N].
+        w: raw decay {w_shape}.
+        u: [H, N].
+        state: [S, H, N, N] contiguous, float32 (float64 beside a float64 r); rows named by slots change in place.
+        slots: int64 [B], the row of state that each batch row uses; -1 skips the row (its y is 0). None: S = B in order.
+            Repeated slots are an error on the CPU; CUDA cannot see them.
+
+    Returns:
+        y [B, H, N] in r's dtype. There is no gradient: tensors that require one are refused outside no_grad.
+"""
+wkv6_step.__doc__ += "\n" + _STEP_DOCUMENTATION.format(w_shape="[B, H, N]")
+wkv5_step.__doc__ += "\n" + _STEP_DOCUMENTATION.format(w_shape="[H, N]")
+
+
+def _forward(name, r, k, v, w, u, state, cu_seqlens):
+    _load.require_ops()
+    inputs = [x for x in (r, k, v, w, u, state) if x is not None]
+    _refuse_transforms(name.removesuffix("_forward"), inputs)
+    save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    return getattr(torch.ops.rwkv_ext, name)(r, k, v, w, u, state, cu_seqlens, save)[:2]
+
+
+def _step(name, r, k, v, w, u, state, slots):
+    _load.require_ops()
+    _refuse_transforms(name, (r, k, v, w, u, state))
+    if torch.is_grad_enabled():
+        for argument, x in zip("r k v w u state".split(), (r, k, v, w, u, state), strict=True):
+            if x.requires_grad:
+                raise ValueError(
+                    f"{name}: {argument} must not require a gradient, because this op has none; call it under "
+                    f"torch.no_grad(), or use {name.removesuffix('_step')} to train"
+                )
+    y = getattr(torch.ops.rwkv_ext, name)(r, k, v, w, u, state, slots)
+    # The dispatcher does not count the in-place change; without this autograd would miss a stale saved state.
+    torch.autograd.graph.increment_version(state)
+    return y
+
+
+def _refuse_transforms(name, tensors):
+    """Forward-mode derivatives would silently come out as zero, so they are refused here."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(f"{name}: forward-mode derivatives are not implemented; use reverse mode (backward)")

@@ -1,0 +1,69 @@
+"""The WKV recurrence in plain PyTorch, one token at a time: the specification every kernel is tested against.
+
+Shapes: r, k, v [B, T, H, N]; w [B, T, H, N] (Finch) or [H, N] (Eagle); u [H, N]; state [B, H, N(key), N(value)].
+w is the raw decay parameter omega: a token decays the state by exp(-exp(w)), which is 0 for exp(w) = inf.
+"""
+
+import torch
+from torch import Tensor
+
+
+def wkv6(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run the Finch recurrence (arXiv 2404.05892, section 4.2, eq. 19): y_t = r_t (S + u k_t v_t), S <- w_t S + k_t v_t.
+
+    Returns (y [B, T, H, N] in r's dtype, state_out [B, H, N, N]). With cu_seqlens [nseq + 1], B must be 1 and
+    sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 1] - 1 with its own state [nseq, H, N, N].
+    The arithmetic runs in fp64 for fp64 inputs, else in fp32. Every input has a gradient through autograd.
+    """
+    if cu_seqlens is not None:
+        return _packed(wkv6, r, k, v, w, u, state, cu_seqlens)
+    compute = torch.promote_types(r.dtype, torch.float32)
+    batch, tokens, heads, size = r.shape
+    if state is None:
+        state = r.new_zeros(batch, heads, size, size, dtype=compute)
+    dtype, (r, k, v, w, u) = r.dtype, (x.to(compute) for x in (r, k, v, w, u))
+    decay = decay_of(w)
+    y = []
+    for t in range(tokens):
+        kv = k[:, t, :, :, None] * v[:, t, :, None, :]
+        y.append((r[:, t, :, :, None] * (state + u[:, :, None] * kv)).sum(-2))
+        state = decay[:, t, :, :, None] * state + kv
+    return (torch.stack(y, 1) if y else r).to(dtype), state
+
+
+def wkv5(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run the Eagle recurrence (arXiv 2404.05892, section 4.1): wkv6 with one decay w [H, N] for every token."""
+    return wkv6(r, k, v, w.expand(r.shape), u, state, cu_seqlens)
+
+
+def decay_of(w: Tensor) -> Tensor:
+    """Return exp(-exp(w)); its gradient is 0 where it underflows to 0 (autograd alone would give inf * 0 = nan)."""
+    return torch.exp(-torch.exp(w.masked_fill(torch.exp(-torch.exp(w)) == 0, 8.0)))  # exp(-exp(8)) is 0 as well
+
+
+def _packed(step, r, k, v, w, u, state, cu_seqlens):
+    bounds = cu_seqlens.tolist()
+    compute = torch.promote_types(r.dtype, torch.float32)
+    if state is None:
+        state = r.new_zeros(len(bounds) - 1, *r.shape[2:], r.shape[3], dtype=compute)
+    parts = [
+        step(r[:, a:b], k[:, a:b], v[:, a:b], w[:, a:b], u, state[i : i + 1])
+        for i, (a, b) in enumerate(zip(bounds, bounds[1:]))
+    ]
+    return torch.cat([y for y, _ in parts], 1), torch.cat([s for _, s in parts])
