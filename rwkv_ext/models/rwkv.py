@@ -1,0 +1,226 @@
+"""RWKV: the Eagle and Finch language models (arXiv 2404.05892) as one nn.Module with the .pth files' parameter names.
+
+Shapes: tokens [B, T] int64; hidden [B, T, D]; logits [B, T, V]; the state's are in state.py.
+"""
+
+from os import PathLike
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..checkpoint import pth
+from ..losses import linear_cross_entropy
+from . import init
+from .block import Block
+from .config import RWKVConfig
+from .projection import Projection, TokenEmbedding
+from .state import RWKVState
+from .token_shift import Packing
+
+
+class RWKV(nn.Module):
+    """An Eagle or Finch model. Construction fills the weights by the "current" recipe (except on the meta device).
+
+    activation_checkpointing  True: the backward pass recomputes every block instead of keeping its activations
+
+    Example:
+        model = RWKV(RWKVConfig(version="6.0", n_layer=6, n_embd=192))
+        logits, state = model(tokens)               # [B, T] -> [B, T, V]
+        logits, state = model(more_tokens, state)   # goes on where the state ended
+    """
+
+    def __init__(self, config: RWKVConfig):
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        self.emb = TokenEmbedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_out = nn.LayerNorm(config.n_embd)
+        self.head = Projection(config.n_embd, config.vocab_size)
+        if not self.emb.weight.is_meta:
+            self.init_weights()
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: RWKVState | None = None,
+        cu_seqlens: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> tuple[Tensor, RWKVState]:
+        """Return (logits [B, T, V], state), or with targets [B, T] (loss, state).
+
+        The logits have the activations' dtype. The loss is the mean cross-entropy in fp32 plus L2Wrap, computed in
+        chunks that never hold [B * T, V]; targets of -100 do not count. state is where to go on from (None: the
+        start of a text); the returned one is new memory and carries gradients to every input, the given state
+        included. cu_seqlens [nseq + 1] (int32 or int64, on the tokens' device, B = 1) marks packed sequences: nothing
+        crosses a boundary, and both states hold nseq sequences; empty sequences pass theirs through.
+        Raises TypeError or ValueError naming the argument; on a GPU token ids are not checked.
+        """
+        hidden, state = self.hidden(tokens, state, cu_seqlens)
+        if targets is None:
+            return self.head(hidden), state
+        if targets.shape != tokens.shape:
+            raise ValueError(
+                f"RWKV: targets must have the shape of tokens {list(tokens.shape)}, got {list(targets.shape)}"
+            )
+        return linear_cross_entropy(hidden, self.head.weight, targets), state
+
+    def hidden(
+        self, tokens: Tensor, state: RWKVState | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, RWKVState]:
+        """Return (what forward multiplies with head.weight [B, T, D], state); for those who need few of the logits."""
+        self._check_tokens(tokens, dims=2)
+        batch, packing = tokens.shape[0], None
+        if cu_seqlens is not None:
+            batch = self._check_cu_seqlens(cu_seqlens, tokens)
+            packing = Packing.of(cu_seqlens, tokens.shape[1])
+        att_shift, wkv, ffn_shift = self._layer_states(state, batch)
+        x = self.emb(tokens)
+        ends = []
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        for layer, block in enumerate(self.blocks):
+            inputs = (x, att_shift[layer], wkv[layer], ffn_shift[layer], packing)
+            x, *end = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
+            ends.append(end)
+        return self.ln_out(x), RWKVState(*(torch.stack(parts) for parts in zip(*ends, strict=True)))
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, state: RWKVState) -> Tensor:
+        """Take one token of every sequence, tokens [B]; return its logits [B, V] and update `state` IN PLACE.
+
+        No gradients. Clone the state first to keep it. Equal to forward on [B, 1] up to rounding.
+        """
+        self._check_tokens(tokens, dims=1)
+        self._check_state(state, tokens.shape[0])
+        x = self.emb(tokens)
+        for layer, block in enumerate(self.blocks):
+            x = block.step(x, state.att_shift[layer], state.wkv[layer], state.ffn_shift[layer])
+        return self.head(self.ln_out(x))
+
+    def initial_state(self, batch: int = 1) -> RWKVState:
+        """Return the state at the start of `batch` texts: zeros, or the tuned time_state a checkpoint brought along.
+
+        New memory on the model's device, so step() may change it; gradients flow to time_state.
+        """
+        weight = self.head.weight
+        state = RWKVState.zeros(self.config, batch, weight.device, weight.dtype)
+        if self.blocks[0].att.time_state is None:
+            return state
+        tuned = torch.stack([block.att.time_state.to(state.wkv.dtype) for block in self.blocks])
+        wkv = tuned.transpose(-1, -2).unsqueeze(1).repeat(1, batch, 1, 1, 1)
+        return state._replace(wkv=wkv)
+
+    def enable_time_state(self) -> None:
+        """Give every block an att.time_state parameter [H, N(value), N(key)] of zeros, as state tuning trains."""
+        size = self.config.head_size
+        for block in self.blocks:
+            if block.att.time_state is None:
+                like = block.att.receptance.weight
+                zeros = torch.zeros(self.config.n_head, size, size, device=like.device, dtype=like.dtype)
+                block.att.time_state = nn.Parameter(zeros)
+
+    def init_weights(
+        self, recipe: str = "current", generator: torch.Generator | None = None, lr_init: float | None = None
+    ) -> None:
+        """Fill all parameters by an official recipe, "current" or "paper" (which needs lr_init); see init.py.
+
+        generator decides the random numbers and where they are drawn; None takes torch's default on the parameter's
+        device. Values are computed in fp32 or better and cast to each parameter's dtype.
+        """
+        init.init_weights(self, self.config, recipe, generator, lr_init)
+
+    def parameter_count(self) -> int:
+        """Return the number of parameters, embedding and head included."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops_per_token(self) -> int:
+        """Return the operations (a multiply-add is 2) of training on one token: forward, and twice that backward.
+
+        Counted: every matrix product but the embedding's look-up, and 5 N per channel for the recurrence.
+        """
+        # All matrices are used once per token, [out, in] weights and low-rank factors alike.
+        products = sum(
+            p.numel()
+            for name, p in self.named_parameters()
+            if name.endswith((".weight", "_w1", "_w2")) and p.dim() > 1 and name != "emb.weight"
+        )
+        recurrence = 5 * self.config.dim_att * self.config.head_size * self.config.n_layer
+        return 3 * (2 * products + recurrence)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | PathLike, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> "RWKV":
+        """Load an Eagle or Finch .pth file; version, sizes and ranks come from the tensors' shapes.
+
+        dtype None keeps the file's (the widest, where it mixes several). att.time_state tensors, if any, become the
+        state every text starts from. The file is read as it is copied, so memory holds the model once.
+        Raises FileNotFoundError, or ValueError that says what the file is, or names every wrong tensor.
+        """
+        config, tensors = pth.read(path)
+        with torch.device("meta"):
+            model = cls(config)
+            if any(name.endswith("att.time_state") for name in tensors):
+                model.enable_time_state()
+        pth.check_names_and_shapes(path, tensors, model.state_dict())
+        if dtype is None:
+            dtype = pth.widest_dtype(tensors)
+        # copy=True: parameters must not be pages of a file that someone may overwrite.
+        loaded = {name: x.to(device=device or "cpu", dtype=dtype, copy=True) for name, x in tensors.items()}
+        model.load_state_dict(loaded, assign=True)
+        return model
+
+    def save_pretrained(self, path: str | PathLike, dtype: torch.dtype | None = None) -> None:
+        """Write a .pth file that the official tools load; dtype None means bfloat16, as in the released files.
+
+        The file appears whole or not at all: OSError (a full disk, no permission) leaves an earlier one as it was.
+        """
+        pth.write(path, self.state_dict(), dtype or torch.bfloat16)
+
+    def _layer_states(self, state, batch):
+        if state is None and self.blocks[0].att.time_state is None:
+            nothing = [None] * self.config.n_layer
+            return nothing, nothing, nothing
+        if state is None:
+            state = self.initial_state(batch)
+        self._check_state(state, batch)
+        # unbind, not indexing: its backward is one stack, where each index would fill a whole state with zeros.
+        return tuple(x.unbind(0) for x in state)
+
+    def _check_tokens(self, tokens: Tensor, dims: int) -> None:
+        shape = "[B, T]" if dims == 2 else "[B]"
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"RWKV: tokens must be int64 or int32, got {tokens.dtype}; convert with tokens.long()")
+        if tokens.dim() != dims:
+            raise ValueError(f"RWKV: tokens must have shape {shape}, got {list(tokens.shape)}")
+        # Reading values stops a graph capture and waits for a GPU, where torch asserts by itself.
+        if tokens.is_cpu and tokens.numel() and not torch.compiler.is_compiling():
+            low, high = (int(x) for x in tokens.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"RWKV: tokens must be from 0 to vocab_size - 1 = {self.config.vocab_size - 1}, "
+                    f"got {low if low < 0 else high}; check the tokenizer"
+                )
+
+    @staticmethod
+    def _check_cu_seqlens(cu_seqlens: Tensor, tokens: Tensor) -> int:
+        if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+            raise ValueError(f"RWKV: cu_seqlens must have shape [nseq + 1], got {list(cu_seqlens.shape)}")
+        if tokens.shape[0] != 1:
+            raise ValueError(
+                f"RWKV: tokens must have B = 1 with cu_seqlens, got {list(tokens.shape)}; "
+                "join the sequences into one row"
+            )
+        return cu_seqlens.numel() - 1
+
+    def _check_state(self, state: RWKVState, batch: int) -> None:
+        c = self.config
+        shift = (c.n_layer, batch, c.n_embd)
+        shapes = (shift, (c.n_layer, batch, c.n_head, c.head_size, c.head_size), shift)
+        for name, x, shape in zip(RWKVState._fields, state, shapes, strict=True):
+            if x.shape != shape:
+                raise ValueError(
+                    f"RWKV: state.{name} must have shape {list(shape)}, got {list(x.shape)}; "
+                    f"use model.initial_state({batch}), or RWKVState.fork for more sequences"
+                )
