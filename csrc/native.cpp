@@ -1,0 +1,150 @@
+// rwkv_ext._native: the tokenizer for Python. Errors of C++ become ValueError; the lock is released around all real work.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <memory>
+
+#include "tokenizer/decoder.h"
+#include "tokenizer/encoder.h"
+#include "tokenizer/vocabulary.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Ids = std::vector<uint16_t>;
+
+struct Tokenizer {
+  rwkv::Vocabulary vocabulary;
+  rwkv::Encoder encoder;
+
+  Tokenizer(std::string_view text, const std::string& name)
+      : vocabulary(rwkv::Vocabulary::parse(text, name)), encoder(vocabulary) {}
+};
+
+// A view of any object with contiguous bytes: bytes, bytearray, memoryview, an array. Holds the export while it lives.
+class BytesView {
+ public:
+  explicit BytesView(const py::object& object) {
+    if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_SIMPLE) != 0) {
+      PyErr_Clear();
+      throw py::type_error("encode_bytes: data must be contiguous bytes, got " + std::string(Py_TYPE(object.ptr())->tp_name) +
+                           "; use encode() for a str");
+    }
+  }
+  ~BytesView() { PyBuffer_Release(&view_); }
+  BytesView(const BytesView&) = delete;
+  BytesView& operator=(const BytesView&) = delete;
+  std::string_view view() const { return {static_cast<const char*>(view_.buf), static_cast<size_t>(view_.len)}; }
+
+ private:
+  Py_buffer view_;
+};
+
+Ids encode(const Tokenizer& tokenizer, std::string_view text) {
+  const py::gil_scoped_release unlock;
+  Ids ids;
+  tokenizer.encoder.encode(text, ids);
+  return ids;
+}
+
+py::list to_list(const Ids& ids) {
+  py::list list(ids.size());
+  for (size_t i = 0; i < ids.size(); ++i) PyList_SET_ITEM(list.ptr(), static_cast<py::ssize_t>(i), PyLong_FromLong(ids[i]));
+  return list;
+}
+
+py::array_t<uint16_t> to_array(Ids&& ids) {
+  auto owner = std::make_unique<Ids>(std::move(ids));
+  const Ids& kept = *owner;
+  const py::capsule capsule(owner.get(), [](void* pointer) { delete static_cast<Ids*>(pointer); });
+  owner.release();  // the capsule frees it with the array
+  return py::array_t<uint16_t>(kept.size(), kept.data(), capsule);
+}
+
+// One id as int64; an id beyond that is out of range as well and is named in full.
+int64_t read_id(const Tokenizer& tokenizer, py::handle item, size_t index) {
+  const auto number = py::reinterpret_steal<py::object>(PyNumber_Index(item.ptr()));
+  if (!number) {
+    PyErr_Clear();
+    throw py::type_error("decode: ids[" + std::to_string(index) + "] must be an integer, got " + Py_TYPE(item.ptr())->tp_name);
+  }
+  int overflow = 0;
+  const long long id = PyLong_AsLongLongAndOverflow(number.ptr(), &overflow);
+  if (overflow != 0) rwkv::throw_bad_id(tokenizer.vocabulary, index, py::str(number));
+  return id;
+}
+
+template <typename Id>
+std::string decode_array(const Tokenizer& tokenizer, const py::array& array) {
+  const auto ids = py::array_t<Id, py::array::c_style | py::array::forcecast>::ensure(array);
+  const py::gil_scoped_release unlock;
+  return rwkv::decode(tokenizer.vocabulary, ids.data(), static_cast<size_t>(ids.size()));
+}
+
+std::string decode(const Tokenizer& tokenizer, const py::object& ids) {
+  if (py::isinstance<py::array>(ids)) {
+    const auto array = py::reinterpret_borrow<py::array>(ids);
+    const char kind = array.dtype().kind();
+    if (array.ndim() != 1 || (kind != 'i' && kind != 'u')) {
+      throw py::type_error("decode: ids must be integers in one dimension, got an array of " + std::string(py::str(array.dtype())) +
+                           " with " + std::to_string(array.ndim()) + " dimensions");
+    }
+    if (array.dtype().is(py::dtype::of<uint16_t>())) return decode_array<uint16_t>(tokenizer, array);
+    if (kind == 'i' || array.itemsize() < 8) return decode_array<int64_t>(tokenizer, array);
+  }
+  if (py::isinstance<py::bytes>(ids) || py::isinstance<py::str>(ids) || !py::isinstance<py::iterable>(ids)) {
+    throw py::type_error("decode: ids must be a sequence of integers, got " + std::string(Py_TYPE(ids.ptr())->tp_name));
+  }
+  std::vector<int64_t> numbers;
+  for (const py::handle item : ids) numbers.push_back(read_id(tokenizer, item, numbers.size()));
+  return rwkv::decode(tokenizer.vocabulary, numbers.data(), numbers.size());
+}
+
+// Python's own decoder makes one U+FFFD of each maximal broken piece, as Unicode recommends.
+py::str replace_broken(const std::string& bytes) {
+  return py::reinterpret_steal<py::str>(PyUnicode_DecodeUTF8(bytes.data(), static_cast<py::ssize_t>(bytes.size()), "replace"));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  module.doc() = "World tokenizer in C++; see rwkv_ext.tokenizer for the documented names.";
+
+  py::class_<Tokenizer>(module, "Tokenizer")
+      .def(py::init([](const py::bytes& text, const std::string& name) {
+             return std::make_unique<Tokenizer>(std::string_view(text), name);
+           }),
+           py::arg("vocabulary"), py::arg("name"))
+      .def("encode",
+           [](const Tokenizer& self, const py::str& text) {
+             py::ssize_t size = 0;
+             const char* bytes = PyUnicode_AsUTF8AndSize(text.ptr(), &size);
+             if (!bytes) throw py::error_already_set();  // a lone surrogate
+             return to_list(encode(self, {bytes, static_cast<size_t>(size)}));
+           })
+      .def("encode_bytes", [](const Tokenizer& self, const py::object& data) { return to_list(encode(self, BytesView(data).view())); })
+      .def("encode_array", [](const Tokenizer& self, const py::object& data) { return to_array(encode(self, BytesView(data).view())); })
+      .def("decode_bytes", [](const Tokenizer& self, const py::object& ids) { return py::bytes(decode(self, ids)); })
+      .def("byte_lengths", [](const Tokenizer& self) {
+        py::array_t<uint8_t> lengths(rwkv::kVocabSize);
+        for (size_t id = 0; id < rwkv::kVocabSize; ++id) {
+          lengths.mutable_at(id) = static_cast<uint8_t>(self.vocabulary.token(id).size());
+        }
+        return lengths;
+      });
+
+  struct Stream {
+    const Tokenizer& tokenizer;
+    rwkv::StreamDecoder decoder;
+  };
+  py::class_<Stream>(module, "Stream", "Text of ids that arrive one at a time.")
+      .def(py::init([](const Tokenizer& tokenizer) {
+             return std::make_unique<Stream>(Stream{tokenizer, rwkv::StreamDecoder(tokenizer.vocabulary)});
+           }),
+           py::keep_alive<1, 2>())
+      .def("push", [](Stream& self, const py::object& id) { return replace_broken(self.decoder.push(read_id(self.tokenizer, id, 0))); },
+           py::arg("id"), "Add one id and return the characters it completes, perhaps none.")
+      .def("flush", [](Stream& self) { return replace_broken(self.decoder.flush()); },
+           "Return U+FFFD if a character was left incomplete, else nothing, and start anew.");
+}
