@@ -17,10 +17,9 @@ import torch
 from setuptools import Extension, setup
 from torch.utils import cpp_extension
 
-ROOT = Path(__file__).parent.resolve()
-os.chdir(ROOT)
-DEBUG = os.environ.get("RWKV_EXT_DEBUG") == "1"
-OPTIMISE = ["-O0", "-g"] if DEBUG else ["-O3"]
+os.chdir(ROOT := Path(__file__).parent.resolve())
+OPTIMISE = ["-O0", "-g"] if os.environ.get("RWKV_EXT_DEBUG") == "1" else ["-O3"]
+CXX = ["-Wall", "-fvisibility=hidden", *OPTIMISE]
 
 
 def sources(*patterns):
@@ -28,15 +27,13 @@ def sources(*patterns):
 
 
 def find_nvcc():
-    roots = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    nvcc = next((path for root in roots if (path := shutil.which("nvcc", path=f"{root}/bin"))), shutil.which("nvcc"))
-    if not nvcc:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if not (nvcc := shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")):
         return None
     # nvcc on PATH may be a wrapper script, so nvcc itself says where its toolkit lies.
     log = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    top, release = re.search(r"TOP=(\S+)", log), re.search(r"release (\d+\.\d+)", version)
-    if not (top and release):
+    if not ((top := re.search(r"TOP=(\S+)", log)) and (release := re.search(r"release (\d+\.\d+)", version))):
         sys.exit(f"rwkv_ext: {nvcc} does not answer like nvcc; set CUDA_HOME to a CUDA toolkit or RWKV_EXT_CUDA=0")
     home = Path(top[1]).resolve()
     folders = [*re.findall(r'"-L([^"]+)"', log), str(home / "lib64"), str(home / "lib")]
@@ -48,8 +45,7 @@ def find_nvcc():
 
 def choose_cuda():
     """Returns find_nvcc()'s answer or None, and prints what was chosen and why."""
-    wish = os.environ.get("RWKV_EXT_CUDA", "auto")
-    if wish not in ("auto", "0", "1"):
+    if (wish := os.environ.get("RWKV_EXT_CUDA", "auto")) not in ("auto", "0", "1"):
         sys.exit(f"rwkv_ext: RWKV_EXT_CUDA must be auto, 0 or 1, got {wish!r}")
     toolkit = None if wish == "0" else find_nvcc()
     if wish == "1" and not toolkit:
@@ -79,8 +75,8 @@ def gencode():
 
 
 def ops_extension():
-    files, folders, libraries = sources("*.cpp", "cpu/*.cpp"), [], []
-    files = [file for file in files if not file.startswith("csrc/native")]
+    files = [file for file in sources("*.cpp", "cpu/*.cpp") if not file.startswith("csrc/native")]
+    folders, libraries = [], []
     macros = {"TORCH_TARGET_VERSION": "0x020b000000000000"}  # torch 2.11: one binary for every later one
     nvcc = ["-std=c++20", "-lineinfo", *OPTIMISE]
     if toolkit := choose_cuda():
@@ -99,10 +95,7 @@ def ops_extension():
         py_limited_api=True,
         include_dirs=[str(ROOT / "csrc")],
         library_dirs=folders,
-        extra_compile_args={
-            "cxx": ["-std=c++20", "-Wall", "-Wno-psabi", "-fvisibility=hidden", *OPTIMISE, *defines],
-            "nvcc": nvcc,
-        },
+        extra_compile_args={"cxx": [*CXX, "-std=c++20", "-Wno-psabi", *defines], "nvcc": nvcc},
         # Without libtorch.so among the needed libraries the weak CUDA stream symbol would stay null.
         extra_link_args=[*libraries, "-Wl,--exclude-libs,ALL,--no-as-needed,-ltorch"],
     )
@@ -114,7 +107,7 @@ def native_extension():
         sources("native*.cpp", "tokenizer/*.cpp"),
         language="c++",
         include_dirs=[pybind11.get_include(), str(ROOT / "csrc")],
-        extra_compile_args=["-std=c++17", "-Wall", "-fvisibility=hidden", *OPTIMISE],
+        extra_compile_args=[*CXX, "-std=c++17"],
     )
 
 
@@ -124,5 +117,4 @@ class BuildExtension(cpp_extension.BuildExtension):
         self.build_temp = "build/objects"  # pip's own would be thrown away; this one makes every build incremental
 
 
-modules = [ops_extension()] + ([native_extension()] if sources("native*.cpp") else [])
-setup(ext_modules=modules, cmdclass={"build_ext": BuildExtension})
+setup(ext_modules=[ops_extension(), native_extension()], cmdclass={"build_ext": BuildExtension})

@@ -20,7 +20,10 @@ def _forward_fake(r, k, v, w, u, state, cu_seqlens, save_for_backward):
     batch, tokens, heads, size = r.shape
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     chunks = (tokens + CHUNK_TOKENS - 1) // CHUNK_TOKENS
-    new = lambda *shape: r.new_empty(shape, dtype=_state_dtype(r))  # noqa: E731
+
+    def new(*shape):
+        return r.new_empty(shape, dtype=_state_dtype(r))
+
     if not save_for_backward:
         chunk_states = new(0)
     elif cu_seqlens is None:
@@ -32,10 +35,9 @@ def _forward_fake(r, k, v, w, u, state, cu_seqlens, save_for_backward):
 
 
 def _backward_fake(dy, dstate_out, r, k, v, w, u, state, cu_seqlens, chunk_states, scores):
-    like = lambda x: x.new_empty(x.shape)  # noqa: E731
     sequences = r.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (0,) if state is None else (sequences, r.shape[2], r.shape[3], r.shape[3])
-    return like(r), like(k), like(v), like(w), like(u), r.new_empty(shape, dtype=_state_dtype(r))
+    return *(x.new_empty(x.shape) for x in (r, k, v, w, u)), r.new_empty(shape, dtype=_state_dtype(r))
 
 
 def _step_fake(r, k, v, w, u, state, slots):
@@ -73,7 +75,7 @@ def _autocast(op, device):
     keys = DispatchKeySet(AUTOCAST_KEYS[device])
 
     def cast_and_call(r, k, v, w, u, *rest):
-        # wkv*_forward: rest is state, cu_seqlens, flag. wkv*_step: state, slots; its state is updated in place, never cast.
+        # rest begins with the state; that of a step is updated in place and so never cast.
         if r.dtype != torch.float64:
             r, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (r, k, v))
             w, u = w.float(), u.float()

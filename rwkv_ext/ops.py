@@ -1,10 +1,10 @@
 """The WKV operators: public functions over torch.ops.rwkv_ext.
 
-Axes: B batch, T time, H heads, N head size. A state is [key, value] in its last two axes. dtypes: r, k, v and y share one
-of float32, float64, bfloat16, float16; w and u are each float32 or r's dtype; states are float32 (float64 beside a float64
-r). The arithmetic runs in fp32 (fp64). w is the raw decay parameter omega; the op computes exp(-exp(w)) itself, exact for
-every value: 0 where it underflows, exp(w) = inf included. Non-contiguous inputs work; T = 0, B = 0 and any N are legal.
-Results are bitwise equal from run to run and for any number of threads.
+Axes: B batch, T time, H heads, N head size. A state is [key, value] in its last two axes. dtypes: r, k, v and y share
+one of float32, float64, bfloat16, float16; w and u are each float32 or r's dtype; states are float32 (float64 beside a
+float64 r). The arithmetic runs in fp32 (fp64). w is the raw decay parameter omega; the op computes exp(-exp(w)) itself,
+exact for every value: 0 where it underflows, exp(w) = inf included. Non-contiguous inputs work; T = 0, B = 0 and any N
+are legal. Results are bitwise equal from run to run and for any number of threads.
 """
 
 import torch
@@ -74,8 +74,9 @@ _STEP_DOCUMENTATION = """
         w: raw decay {w_shape}.
         u: [H, N].
         state: [S, H, N, N] contiguous, float32 (float64 beside a float64 r); rows named by slots change in place.
-        slots: int64 [B], the row of state that each batch row uses; -1 skips the row (its y is 0). None: S = B in order.
-            Repeated slots are an error on the CPU; CUDA cannot see them.
+        slots: int64 [B], the row of state that each batch row uses; -1 skips the row (its y is 0). None: S = B in
+            order. Repeated slots are an error on the CPU, and so are slots that do not exist; CUDA cannot see the
+            first and answers the second with NaN.
 
     Returns:
         y [B, H, N] in r's dtype. There is no gradient: tensors that require one are refused outside no_grad.

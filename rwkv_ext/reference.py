@@ -4,6 +4,8 @@ Shapes: r, k, v [B, T, H, N]; w [B, T, H, N] (Finch) or [H, N] (Eagle); u [H, N]
 w is the raw decay parameter omega: a token decays the state by exp(-exp(w)), which is 0 for exp(w) = inf.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,9 @@ def wkv6(
     state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run the Finch recurrence (arXiv 2404.05892, section 4.2, eq. 19): y_t = r_t (S + u k_t v_t), S <- w_t S + k_t v_t.
+    """Run the Finch recurrence (arXiv 2404.05892, section 4.2).
+
+    y_t = r_t (S + u k_t v_t), then S <- exp(-exp(w_t)) S + k_t v_t.
 
     Returns (y [B, T, H, N] in r's dtype, state_out [B, H, N, N]). With cu_seqlens [nseq + 1], B must be 1 and
     sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 1] - 1 with its own state [nseq, H, N, N].
@@ -64,6 +68,6 @@ def _packed(step, r, k, v, w, u, state, cu_seqlens):
         state = r.new_zeros(len(bounds) - 1, *r.shape[2:], r.shape[3], dtype=compute)
     parts = [
         step(r[:, a:b], k[:, a:b], v[:, a:b], w[:, a:b], u, state[i : i + 1])
-        for i, (a, b) in enumerate(zip(bounds, bounds[1:]))
+        for i, (a, b) in enumerate(pairwise(bounds))
     ]
     return torch.cat([y for y, _ in parts], 1), torch.cat([s for _, s in parts])

@@ -1,0 +1,56 @@
+// What an op says on CUDA tensors when this build has no CUDA kernel for it.
+#include <tuple>
+
+#include "checks.h"
+#include "torch_api.h"
+
+namespace rwkv {
+namespace {
+
+#ifdef RWKV_CUDA_VERSION
+constexpr const char* kReason = "rwkv_ext has no CUDA kernel for this op yet (wkv5_step and wkv6_step have one)";
+constexpr const char* kRemedy = "move the tensors to the CPU, or use rwkv_ext.reference";
+#else
+constexpr const char* kReason = "rwkv_ext was built without CUDA";
+constexpr const char* kRemedy = "rebuild with RWKV_EXT_CUDA=1 pip install --no-build-isolation -e .";
+#endif
+
+[[noreturn]] void refuse(const char* op, const Tensor& r) {
+  fail<std::runtime_error>(op, ": r is on ", device_text(r), ", but ", kReason, "; ", kRemedy);
+}
+
+using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <int kVersion>
+Forward forward(const Tensor& r, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                const OptionalTensor&, bool) {
+  refuse(kVersion == 5 ? "wkv5" : "wkv6", r);
+}
+
+template <int kVersion>
+Backward backward(const OptionalTensor&, const OptionalTensor&, const Tensor& r, const Tensor&, const Tensor&, const Tensor&,
+                  const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&) {
+  refuse(kVersion == 5 ? "wkv5_backward" : "wkv6_backward", r);
+}
+
+#ifndef RWKV_CUDA_VERSION
+template <int kVersion>
+Tensor step(const Tensor& r, const Tensor&, const Tensor&, const Tensor&, const Tensor&, Tensor, const OptionalTensor&) {
+  refuse(kVersion == 5 ? "wkv5_step" : "wkv6_step", r);
+}
+#endif
+
+}  // namespace
+}  // namespace rwkv
+
+STABLE_TORCH_LIBRARY_IMPL(rwkv_ext, CUDA, m) {
+  m.impl("wkv5_forward", TORCH_BOX(&rwkv::forward<5>));
+  m.impl("wkv6_forward", TORCH_BOX(&rwkv::forward<6>));
+  m.impl("wkv5_backward", TORCH_BOX(&rwkv::backward<5>));
+  m.impl("wkv6_backward", TORCH_BOX(&rwkv::backward<6>));
+#ifndef RWKV_CUDA_VERSION
+  m.impl("wkv5_step", TORCH_BOX(&rwkv::step<5>));
+  m.impl("wkv6_step", TORCH_BOX(&rwkv::step<6>));
+#endif
+}
