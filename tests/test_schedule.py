@@ -44,7 +44,7 @@ def test_schedule_unknown_length_and_zero_final():
 
 
 def test_schedule_steps_that_fit():
-    assert steps_that_fit(100.0, 1.0, 0.0, 0, reserve=0.0) == 100
-    assert steps_that_fit(100.0, 1.0, 10.0, 10, reserve=0.0) == 45  # each step pays a tenth of a validation
-    assert steps_that_fit(100.0, 1.0, 0.0, 0, reserve=0.03) == 97
-    assert steps_that_fit(-5.0, 1.0, 0.0, 0) == 1
+    assert steps_that_fit(100.0, 1.0, 0.0, 0, 0.0) == 100
+    assert steps_that_fit(100.0, 1.0, 10.0, 10, 0.0) == 45  # each step pays a tenth of a validation
+    assert steps_that_fit(100.0, 1.0, 0.0, 0, 3.0) == 97
+    assert steps_that_fit(-5.0, 1.0, 0.0, 0, 0.0) == 0

@@ -34,9 +34,9 @@ class ModelTable:
     dim_ffn: int | None = None
     """Width of channel mixing; 3.5 n_embd rounded down to a multiple of 32 when left out."""
     mix_rank: int | None = None
-    """Rank of Finch's token-shift LoRA; 32, or 64 from n_embd 4096 on, when left out."""
+    """Rank of Finch's token-shift LoRA; 32, or 64 at n_embd 4096, when left out."""
     decay_rank: int | None = None
-    """Rank of Finch's decay LoRA; 64, or 128 from n_embd 4096 on, when left out."""
+    """Rank of Finch's decay LoRA; 64, or 128 at n_embd 4096, when left out."""
     init: Literal["current", "paper"] = "current"
     """Initial weights: "current" is the newest official recipe, "paper" the one of arXiv 2404.05892, appendix I."""
 
@@ -58,7 +58,7 @@ class DataTable:
     ctx_len: int
     """Tokens per window T; the state starts at zero in every window."""
     mode: Literal["stream", "packed"] = "stream"
-    """"stream": the state runs through document ends (token 0), as in the World models. "packed": it is reset after them."""
+    """"stream": the state runs through document ends (token 0), as in the World models; "packed": it is reset there."""
     validation: list[str] = field(default_factory=list)
     """Shard prefixes never trained on; empty means no validation loss."""
     validation_windows: int = 64

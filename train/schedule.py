@@ -32,9 +32,9 @@ def learning_rate(
 
 
 def steps_that_fit(
-    seconds_left: float, step_seconds: float, validation_seconds: float, validate_every: int, reserve: float = 0.03
+    seconds_left: float, step_seconds: float, validation_seconds: float, validate_every: int, closing_seconds: float
 ) -> int:
-    """Return how many more optimizer steps fit into seconds_left, one validation at the end and a reserve included."""
-    usable = seconds_left * (1 - reserve) - validation_seconds
+    """Return how many more optimizer steps fit into seconds_left, with their validations and what closes the run."""
+    usable = seconds_left - validation_seconds - closing_seconds
     per_step = step_seconds + (validation_seconds / validate_every if validate_every else 0.0)
-    return max(1, int(usable / max(per_step, 1e-9)))
+    return max(0, int(usable / max(per_step, 1e-9)))

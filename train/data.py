@@ -1,0 +1,132 @@
+"""Batches of a run: which samples a step takes, how windows become model inputs, and the held-out windows.
+
+A step takes the next global_batch samples, whatever the number of ranks and the micro-batch; only their distribution
+over ranks and forward passes changes.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from rwkv_ext.data.binidx import BinidxReader
+from rwkv_ext.data.sampler import Sampler
+from train.config import Config
+from train.distributed import Ranks
+
+END_OF_DOCUMENT = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass: tokens and targets [B, T] ([1, B T] when packed), and the sample numbers (from 1) in it."""
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    cu_seqlens: torch.Tensor | None
+    samples: tuple[int, ...]
+
+
+def make_batch(windows: np.ndarray, mode: str, device: torch.device, samples: Sequence[int] = ()) -> Batch:
+    """Turn windows [B, T + 1] into a Batch.
+
+    "stream": B rows of T tokens. "packed": one row of B T tokens in which a sequence (with a state of its own) ends
+    after every token 0 and at the end of every window; the target of a token 0 is still the first token after it.
+    """
+    tokens, targets = windows[:, :-1], windows[:, 1:]
+    cu_seqlens = None
+    if mode == "packed":
+        width = tokens.shape[1]
+        tokens, targets = tokens.reshape(1, -1), targets.reshape(1, -1)
+        edges = np.union1d(np.flatnonzero(tokens[0] == END_OF_DOCUMENT) + 1, np.arange(0, tokens.size + 1, width))
+        cu_seqlens = torch.from_numpy(edges.astype(np.int64)).to(device)
+    tokens, targets = (torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in (tokens, targets))
+    return Batch(tokens, targets, cu_seqlens, tuple(samples))
+
+
+class TrainingData:
+    """The batches of this rank, one step ahead of the loop in a thread."""
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        """Open the shards; FileNotFoundError or ValueError from the reader or the sampler names what is wrong."""
+        self._config, self._ranks = config, ranks
+        self._accumulation = config.train.accumulation(ranks.size)
+        self.readers = [BinidxReader(prefix) for prefix in config.data.train]
+        self.sampler = Sampler(self.readers, config.data.ctx_len, config.data.prime)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._ahead: tuple[int, Future] | None = None
+
+    def take(self, next_sample: int) -> list[Batch]:
+        """Return this rank's batches of the step that uses samples next_sample + 1 ... + global_batch."""
+        if self._ahead is not None and self._ahead[0] == next_sample:
+            batches = self._ahead[1].result()
+        else:
+            batches = self._read(next_sample)
+        following = next_sample + self._config.train.global_batch
+        self._ahead = (following, self._thread.submit(self._read, following))
+        return batches
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _read(self, next_sample: int) -> list[Batch]:
+        micro, ranks = self._config.train.micro_batch, self._ranks
+        batches = []
+        for index in range(self._accumulation):
+            first = next_sample + (index * ranks.size + ranks.rank) * micro
+            indices = range(first, first + micro)
+            windows = self.sampler.batch(list(indices))
+            check_vocabulary(windows, self._config.model.vocab_size, f"samples {first + 1}-{first + micro}")
+            batches.append(make_batch(windows, self._config.data.mode, ranks.device, [i + 1 for i in indices]))
+        return batches
+
+
+def check_vocabulary(windows: np.ndarray, vocab_size: int, where: str) -> None:
+    """ValueError if a token has no row in the model's embedding."""
+    largest = int(windows.max(initial=0))
+    if largest >= vocab_size:
+        raise ValueError(
+            f"model.vocab_size must be above every token id, got {vocab_size} and token {largest} in {where}; "
+            "use the vocabulary the shards were made with"
+        )
+
+
+class HeldOut:
+    """A fixed set of windows of the validation shards: the same in every validation, for any number of ranks."""
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        self._config, self._ranks = config, ranks
+        self._readers = [BinidxReader(prefix) for prefix in config.data.validation]
+        width = config.data.ctx_len
+        slots = [
+            (shard, slot * width)
+            for shard, reader in enumerate(self._readers)
+            for slot in range((reader.n_tokens - 1) // width)
+        ]
+        if not slots:
+            raise ValueError(
+                f"data.validation must hold a window of ctx_len + 1 = {width + 1} tokens, got "
+                f"{[reader.n_tokens for reader in self._readers]} tokens; use more text or a smaller ctx_len"
+            )
+        count = min(len(slots), config.data.validation_windows or len(slots))
+        self._slots = [slots[index * len(slots) // count] for index in range(count)]
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def batches(self):
+        """Yield (Batch, counts) for this rank; counts is False for a repeat that only keeps the ranks in step."""
+        micro, ranks = self._config.train.micro_batch, self._ranks
+        for first in range(0, len(self._slots), micro * ranks.size):
+            start = first + ranks.rank * micro
+            chosen = self._slots[start : start + micro]
+            windows = self._read(chosen or self._slots[:1])
+            check_vocabulary(windows, self._config.model.vocab_size, "the validation shards")
+            yield make_batch(windows, self._config.data.mode, ranks.device), bool(chosen)
+
+    def _read(self, slots: list[tuple[int, int]]) -> np.ndarray:
+        width = self._config.data.ctx_len + 1
+        return np.stack([self._readers[shard].tokens[at : at + width] for shard, at in slots]).astype(np.int64)

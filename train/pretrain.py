@@ -1,0 +1,193 @@
+"""Pretrain an Eagle or Finch model on token shards.
+
+    torchrun --nproc-per-node 8 train/pretrain.py CONFIG.toml [--set table.key=value]... [--dry-run]
+    python train/pretrain.py CONFIG.toml                                               (one process)
+
+Run the same command again to go on from the newest checkpoint of [checkpoint] folder. Read train() below first.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if __package__ in (None, ""):  # started as a script: make `train` importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rwkv_ext.models import RWKV, RWKVConfig
+from rwkv_ext.tokenizer import WorldTokenizer
+from train.checkpoint import CheckpointStore, Progress, check_identity
+from train.config import Config
+from train.config_file import dump_config, load_config
+from train.data import HeldOut, TrainingData
+from train.display import Display
+from train.distributed import Ranks, shard_model, start_ranks
+from train.hardware import choose_dtype, peak_flops
+from train.loop import Run, draw, fit
+from train.metrics import MetricsLog
+from train.optim import make_optimizer
+from train.plan import plan_lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return 0, or 1 after printing what went wrong and what to do about it."""
+    parser = argparse.ArgumentParser(prog="pretrain.py", description=__doc__.splitlines()[0])
+    parser.add_argument("config", help="TOML file; examples in train/configs")
+    parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="override one key")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and exit")
+    parser.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")
+    args = parser.parse_args(argv)
+    started = time.monotonic()
+    try:
+        ranks = None
+        config = load_config(args.config, args.set)
+        ranks = start_ranks(config.train)
+        train(config, ranks, args.dry_run, started)
+        ranks.stop()
+    except (ValueError, OSError, FloatingPointError) as error:
+        if args.traceback:
+            raise
+        rank = int(os.environ.get("RANK", "0"))
+        if ranks is not None or rank == 0:  # a mistake in the file is the same on every rank
+            text = error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else error
+            print(f"{'' if rank == 0 else f'[rank {rank}] '}error: {text}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def train(config: Config, ranks: Ranks, dry_run: bool, started: float) -> None:
+    """Open the data, build the model, resume, train and export; or print the plan."""
+    data = TrainingData(config, ranks)
+    held_out = HeldOut(config, ranks) if config.data.validation else None
+    sizes = RWKVConfig(**config.model.sizes())
+    plan = plan_lines(config, sizes, ranks, data, held_out)
+    if dry_run:
+        data.close()
+        if ranks.first:
+            print("\n".join(plan))
+        return
+
+    store = CheckpointStore(config.checkpoint.folder, config.checkpoint.keep, ranks)
+    display = Display(ranks.first, config.log.every)
+    try:
+        for line in plan:
+            display.note(line)
+        identity = run_identity(config, sizes, data)
+        progress, checkpoint = find_start(config, ranks, store, identity, display)
+        micro_tokens = config.train.micro_batch * config.data.ctx_len
+        if config.train.dtype != "auto" or not progress.dtype:
+            progress.dtype = ranks.from_first(
+                choose_dtype(config.train.dtype, ranks.device, micro_tokens, sizes.n_embd)
+            )
+        model = build_model(config, sizes, ranks)
+        flops_per_token = model.flops_per_token()
+        shard_model(model, config.train, ranks)
+        optimizer = make_optimizer(model, config.optim)
+        if checkpoint:
+            store.load(checkpoint, model, optimizer)
+        peak, peak_source = peak_flops(ranks.device, progress.dtype, micro_tokens, sizes.n_embd)
+        display.note(f"number format {progress.dtype}; MFU relative to {ranks.size} x {peak_source}")
+        log = MetricsLog(store.folder, config.log.tensorboard, progress.step) if ranks.first else None
+        if log:
+            log.event("resume" if checkpoint else "start", progress.step if checkpoint else -1)
+        token_bytes = WorldTokenizer().byte_lengths if config.data.vocabulary == "world" else None
+
+        run = Run(
+            config, dump_config(config), identity, ranks, model, optimizer, data, held_out, token_bytes, progress,
+            store, log, display, flops_per_token, peak * ranks.size, started,
+        )  # fmt: skip
+        finished = fit(run)
+        draw(run)
+        if finished:
+            path = store.folder / "final.pth"
+            export(model, sizes, path, config.checkpoint.export_dtype, ranks)
+            display.note(f"finished: {progress.step} steps, {progress.tokens:,} tokens; the model is {path}")
+        else:
+            display.note(f"stopped after step {progress.step}; run the same command again to go on from there")
+    finally:
+        display.close()
+        data.close()
+        store.close()
+    if log:
+        log.close()
+
+
+def run_identity(config: Config, sizes: RWKVConfig, data: TrainingData) -> dict[str, Any]:
+    """Return what must not change between a checkpoint and its resume, by the name of the key that decides it."""
+    return {
+        **{f"model.{key}": value for key, value in asdict(sizes).items()},
+        "data.mode": config.data.mode,
+        "data.ctx_len": config.data.ctx_len,
+        "data.prime": data.sampler.prime,
+        "data.train (its fingerprint)": data.sampler.fingerprint(),
+    }
+
+
+def find_start(
+    config: Config, ranks: Ranks, store: CheckpointStore, identity: dict[str, Any], display: Display
+) -> tuple[Progress, Path | None]:
+    """Return where the run stands and the checkpoint to load, if there is one."""
+    total = 0 if config.train.minutes else config.whole_steps(config.train.tokens)
+    checkpoint = store.newest()
+    if checkpoint is None:
+        return Progress(total_tokens=total), None
+    if not config.checkpoint.resume:
+        raise ValueError(
+            f"checkpoint.folder must not hold a checkpoint when checkpoint.resume is false, got {checkpoint}; "
+            "set checkpoint.resume = true to go on from it, or choose another folder"
+        )
+    state = store.read_state(checkpoint)
+    check_identity(checkpoint, state["identity"], identity)
+    progress = Progress(**state["progress"])
+    display.note(f"resuming from {checkpoint}: step {progress.step}, {progress.tokens:,} tokens")
+    if (state["ranks"], state["threads"], state["torch"]) != (ranks.size, ranks.threads, torch.__version__):
+        display.note(
+            f"saved with {state['ranks']} ranks x {state['threads']} threads and torch {state['torch']}, now "
+            f"{ranks.size} x {ranks.threads} and {torch.__version__}: the same samples, but sums may round differently"
+        )
+    if total and total != progress.total_tokens:
+        display.note(f"the run ends at {total:,} tokens now, not {progress.total_tokens:,}: the cosine is another one")
+        progress.total_tokens = total
+    return progress, checkpoint
+
+
+def build_model(config: Config, sizes: RWKVConfig, ranks: Ranks) -> RWKV:
+    """Create the model with its initial weights in fp32; every rank draws the same numbers."""
+    with torch.device("meta"):
+        model = RWKV(sizes)
+    model.to_empty(device=ranks.device)
+    generator = torch.Generator(ranks.device).manual_seed(config.train.seed)
+    model.init_weights(config.model.init, generator=generator, lr_init=config.optim.lr)
+    model.activation_checkpointing = config.train.activation_checkpointing
+    return model
+
+
+def export(model: RWKV, sizes: RWKVConfig, path: Path, dtype: str, ranks: Ranks) -> None:
+    """Write the weights as a .pth file that every RWKV tool loads; OSError on all ranks if that fails."""
+    if hasattr(model, "unshard"):  # FSDP2: collect the pieces on rank 0
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        with torch.device("meta"):
+            model = RWKV(sizes)
+        if ranks.first:
+            model.load_state_dict(weights, assign=True)
+    error = None
+    if ranks.first:
+        try:
+            model.save_pretrained(path, torch.bfloat16 if dtype == "bf16" else torch.float32)
+        except OSError as problem:
+            error = problem
+    ranks.raise_together(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
