@@ -1,0 +1,88 @@
+"""rwkv-ext doctor and the rwkv-ext command: the report, the sentences that say what to do, exit codes."""
+
+import pytest
+import torch
+
+from rwkv_ext import _load, cli, doctor
+
+
+def test_doctor_reports_what_is_built(capsys):
+    assert cli.main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    info = _load.build_info()
+    assert f"running with {info['cpu_instruction_set']} instructions" in printed
+    assert f"torch {torch.__version__}" in printed
+    assert "rwkv_ext._native: built" in printed
+    assert (info["cuda_ops"] or "CUDA kernels: none built") in printed
+
+
+def test_doctor_says_how_to_build_a_missing_library(monkeypatch, capsys):
+    monkeypatch.setattr(_load, "error", _load._MISSING.format(reason="gone"))
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["doctor"]) == 1
+    printed = capsys.readouterr().out
+    assert "problem: rwkv_ext: the op library rwkv_ext._C is not built or does not load (gone)" in printed
+    assert "problem: rwkv_ext._native (tokenizer, shards) is not built for this Python; run pip install" in printed
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i=0: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i=0: "H200")
+
+
+@pytest.mark.parametrize(
+    ("version", "archs", "problem"),
+    [
+        ("", "", "a GPU is here but no CUDA code was built; install the CUDA toolkit"),
+        ("13.0", "8.0;10.0", "cuda:0 is sm_90, which 8.0;10.0 does not cover; rebuild with TORCH_CUDA_ARCH_LIST=9.0"),
+        ("13.0", "8.0 9.0", None),
+    ],
+)
+def test_doctor_compares_the_build_with_the_gpu(monkeypatch, hopper, version, archs, problem):
+    info = {"cpu_instruction_set": "avx2", "cuda_version": version, "cuda_archs": archs, "cuda_ops": "wkv6_step"}
+    monkeypatch.setattr(_load, "build_info", lambda: info)
+    lines, problems = doctor.report()
+    assert "H200 (sm_90)" in "\n".join(lines)
+    assert [problem in p for p in problems] == ([] if problem is None else [True])
+
+
+@pytest.mark.parametrize(
+    ("archs", "device", "runs"),
+    [
+        ("8.0", (8, 9), True),  # binary code runs on later minor versions of its major one
+        ("8.9", (8, 0), False),
+        ("8.0", (9, 0), False),
+        ("8.0+PTX", (9, 0), True),
+        ("10.0+PTX", (9, 0), False),
+        ("9.0a", (9, 0), True),
+        ("9.0a", (9, 1), False),  # architecture-specific code runs nowhere else
+        ("8.0 9.0 10.0+PTX", (12, 0), True),
+    ],
+)
+def test_covers(archs, device, runs):
+    assert doctor.covers(archs.split(), *device) is runs
+
+
+def test_has_cuda_kernels_names_every_op(monkeypatch):
+    monkeypatch.setattr(_load, "build_info", lambda: {"cuda_ops": "wkv5_step wkv6_step"})
+    assert _load.has_cuda_kernels("wkv5_step", "wkv6_step")
+    assert not _load.has_cuda_kernels("wkv6_step", "wkv6_forward")
+
+
+def test_a_users_mistake_is_one_sentence_and_exit_status_2(monkeypatch, capsys):
+    def fail(args):
+        raise ValueError("data: it must be so, got thus; do this")
+
+    monkeypatch.setattr(doctor, "run", fail)
+    assert cli.main(["doctor"]) == 2
+    assert capsys.readouterr().err == "rwkv-ext doctor: data: it must be so, got thus; do this\n"
+
+
+def test_an_unknown_command_names_the_known_ones(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["doktor"])
+    assert stop.value.code == 2
+    assert "doctor" in capsys.readouterr().err
