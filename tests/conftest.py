@@ -1,0 +1,45 @@
+"""For every test: a fixed seed, torch's settings restored, and fresh memory full of NaN.
+
+With deterministic algorithms on, torch fills what torch.empty and new_empty return (in C++ too) with NaN, or the
+largest integer, so that an element that a kernel never writes cannot pass for a result.
+"""
+
+import os
+
+# OpenMP's threads spin while they wait, and two suites on one machine then spend most of their time spinning at
+# each other: ten times slower on two busy cores. libgomp reads this when torch loads it: set before the import.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+MARKERS = {
+    "cuda": "needs a CUDA device; skipped, with the reason, where there is none",
+    "slow": "takes more than a few seconds; leave out with -m 'not slow'",
+    "dist": "starts several processes",
+}
+
+
+def pytest_configure(config):
+    for name, meaning in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def torch_settings():
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms() would import the whole of inductor
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(1).isnan().all()
+    yield
+    torch.set_deterministic_debug_mode("default")
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)
