@@ -56,10 +56,10 @@ def _backward_formula(name):
     def backward(ctx, dy, dstate_out, _chunk_states, _scores):
         if dy is None and dstate_out is None:
             return (None,) * 8
-        state = ctx.saved_tensors[5]
+        saved = ctx.saved_tensors  # read once: activation checkpointing recomputes them on that one read
         op = getattr(torch.ops.rwkv_ext, name + "_backward")
-        *gradients, dstate = op(dy, dstate_out, *ctx.saved_tensors)
-        return (*gradients, None if state is None else dstate, None, None)
+        *gradients, dstate = op(dy, dstate_out, *saved)
+        return (*gradients, None if saved[5] is None else dstate, None, None)
 
     return backward
 
