@@ -1,4 +1,4 @@
-// rwkv_ext._native: the tokenizer for Python. Errors of C++ become ValueError; the lock is released around all real work.
+// rwkv_ext._native: the tokenizer for Python. C++ errors become ValueError; work runs without Python's lock.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -14,6 +14,8 @@ namespace {
 
 using Ids = std::vector<uint16_t>;
 
+std::string type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }
+
 struct Tokenizer {
   rwkv::Vocabulary vocabulary;
   rwkv::Encoder encoder;
@@ -22,20 +24,22 @@ struct Tokenizer {
       : vocabulary(rwkv::Vocabulary::parse(text, name)), encoder(vocabulary) {}
 };
 
-// A view of any object with contiguous bytes: bytes, bytearray, memoryview, an array. Holds the export while it lives.
+// A view of any object with contiguous bytes: bytes, bytearray, memoryview, an array; keeps them alive.
 class BytesView {
  public:
   explicit BytesView(const py::object& object) {
     if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_SIMPLE) != 0) {
       PyErr_Clear();
-      throw py::type_error("encode_bytes: data must be contiguous bytes, got " + std::string(Py_TYPE(object.ptr())->tp_name) +
+      throw py::type_error("encode_bytes: data must be contiguous bytes, got " + type_name(object) +
                            "; use encode() for a str");
     }
   }
   ~BytesView() { PyBuffer_Release(&view_); }
   BytesView(const BytesView&) = delete;
   BytesView& operator=(const BytesView&) = delete;
-  std::string_view view() const { return {static_cast<const char*>(view_.buf), static_cast<size_t>(view_.len)}; }
+  std::string_view view() const {
+    return {static_cast<const char*>(view_.buf), static_cast<size_t>(view_.len)};
+  }
 
  private:
   Py_buffer view_;
@@ -50,7 +54,9 @@ Ids encode(const Tokenizer& tokenizer, std::string_view text) {
 
 py::list to_list(const Ids& ids) {
   py::list list(ids.size());
-  for (size_t i = 0; i < ids.size(); ++i) PyList_SET_ITEM(list.ptr(), static_cast<py::ssize_t>(i), PyLong_FromLong(ids[i]));
+  for (size_t i = 0; i < ids.size(); ++i) {
+    PyList_SET_ITEM(list.ptr(), static_cast<py::ssize_t>(i), PyLong_FromLong(ids[i]));
+  }
   return list;
 }
 
@@ -67,7 +73,8 @@ int64_t read_id(const Tokenizer& tokenizer, py::handle item, size_t index) {
   const auto number = py::reinterpret_steal<py::object>(PyNumber_Index(item.ptr()));
   if (!number) {
     PyErr_Clear();
-    throw py::type_error("decode: ids[" + std::to_string(index) + "] must be an integer, got " + Py_TYPE(item.ptr())->tp_name);
+    throw py::type_error("decode: ids[" + std::to_string(index) + "] must be an integer, got " +
+                         type_name(item));
   }
   int overflow = 0;
   const long long id = PyLong_AsLongLongAndOverflow(number.ptr(), &overflow);
@@ -87,14 +94,15 @@ std::string decode(const Tokenizer& tokenizer, const py::object& ids) {
     const auto array = py::reinterpret_borrow<py::array>(ids);
     const char kind = array.dtype().kind();
     if (array.ndim() != 1 || (kind != 'i' && kind != 'u')) {
-      throw py::type_error("decode: ids must be integers in one dimension, got an array of " + std::string(py::str(array.dtype())) +
-                           " with " + std::to_string(array.ndim()) + " dimensions");
+      throw py::type_error("decode: ids must be integers in one dimension, got an array of " +
+                           std::string(py::str(array.dtype())) + " with " + std::to_string(array.ndim()) +
+                           " dimensions");
     }
     if (array.dtype().is(py::dtype::of<uint16_t>())) return decode_array<uint16_t>(tokenizer, array);
     if (kind == 'i' || array.itemsize() < 8) return decode_array<int64_t>(tokenizer, array);
   }
   if (py::isinstance<py::bytes>(ids) || py::isinstance<py::str>(ids) || !py::isinstance<py::iterable>(ids)) {
-    throw py::type_error("decode: ids must be a sequence of integers, got " + std::string(Py_TYPE(ids.ptr())->tp_name));
+    throw py::type_error("decode: ids must be a sequence of integers, got " + type_name(ids));
   }
   std::vector<int64_t> numbers;
   for (const py::handle item : ids) numbers.push_back(read_id(tokenizer, item, numbers.size()));
@@ -103,7 +111,8 @@ std::string decode(const Tokenizer& tokenizer, const py::object& ids) {
 
 // Python's own decoder makes one U+FFFD of each maximal broken piece, as Unicode recommends.
 py::str replace_broken(const std::string& bytes) {
-  return py::reinterpret_steal<py::str>(PyUnicode_DecodeUTF8(bytes.data(), static_cast<py::ssize_t>(bytes.size()), "replace"));
+  return py::reinterpret_steal<py::str>(
+      PyUnicode_DecodeUTF8(bytes.data(), static_cast<py::ssize_t>(bytes.size()), "replace"));
 }
 
 }  // namespace
@@ -117,15 +126,26 @@ PYBIND11_MODULE(_native, module) {
            }),
            py::arg("vocabulary"), py::arg("name"))
       .def("encode",
-           [](const Tokenizer& self, const py::str& text) {
+           [](const Tokenizer& self, const py::object& text) {
+             if (!PyUnicode_Check(text.ptr())) {
+               throw py::type_error("encode: text must be a str, got " + type_name(text) +
+                                    "; use encode_bytes() for bytes");
+             }
              py::ssize_t size = 0;
              const char* bytes = PyUnicode_AsUTF8AndSize(text.ptr(), &size);
              if (!bytes) throw py::error_already_set();  // a lone surrogate
              return to_list(encode(self, {bytes, static_cast<size_t>(size)}));
            })
-      .def("encode_bytes", [](const Tokenizer& self, const py::object& data) { return to_list(encode(self, BytesView(data).view())); })
-      .def("encode_array", [](const Tokenizer& self, const py::object& data) { return to_array(encode(self, BytesView(data).view())); })
-      .def("decode_bytes", [](const Tokenizer& self, const py::object& ids) { return py::bytes(decode(self, ids)); })
+      .def("encode_bytes",
+           [](const Tokenizer& self, const py::object& data) {
+             return to_list(encode(self, BytesView(data).view()));
+           })
+      .def("encode_array",
+           [](const Tokenizer& self, const py::object& data) {
+             return to_array(encode(self, BytesView(data).view()));
+           })
+      .def("decode_bytes",
+           [](const Tokenizer& self, const py::object& ids) { return py::bytes(decode(self, ids)); })
       .def("byte_lengths", [](const Tokenizer& self) {
         py::array_t<uint8_t> lengths(rwkv::kVocabSize);
         for (size_t id = 0; id < rwkv::kVocabSize; ++id) {
@@ -143,8 +163,13 @@ PYBIND11_MODULE(_native, module) {
              return std::make_unique<Stream>(Stream{tokenizer, rwkv::StreamDecoder(tokenizer.vocabulary)});
            }),
            py::keep_alive<1, 2>())
-      .def("push", [](Stream& self, const py::object& id) { return replace_broken(self.decoder.push(read_id(self.tokenizer, id, 0))); },
-           py::arg("id"), "Add one id and return the characters it completes, perhaps none.")
-      .def("flush", [](Stream& self) { return replace_broken(self.decoder.flush()); },
-           "Return U+FFFD if a character was left incomplete, else nothing, and start anew.");
+      .def(
+          "push",
+          [](Stream& self, const py::object& id) {
+            return replace_broken(self.decoder.push(read_id(self.tokenizer, id, self.decoder.pushed())));
+          },
+          py::arg("id"), "Add one id and return the characters it completes, perhaps none.")
+      .def(
+          "flush", [](Stream& self) { return replace_broken(self.decoder.flush()); },
+          "Return U+FFFD if a character was left incomplete, else nothing, and start anew.");
 }

@@ -1,7 +1,8 @@
-"""The RWKV World tokenizer: greedy longest match over UTF-8 bytes with the 65,529 tokens of rwkv_vocab_v20230424.
+"""The RWKV World tokenizer: greedy longest match over bytes with the 65,529 tokens of rwkv_vocab_v20230424.
 
-No normalisation, no special tokens in text: `<|endoftext|>` is seven ordinary tokens. Id 0 separates documents; encoding
-never produces it and it decodes to nothing. Ids 65530 to 65535 have a row in the models but no token.
+No normalisation, no special tokens in text: `<|endoftext|>` is seven ordinary tokens. Id 0 separates
+documents; encoding never produces it and it decodes to nothing. Ids 65530 to 65535 have a row in the models
+but no token.
 """
 
 import os
@@ -14,9 +15,9 @@ from rwkv_ext.vocabulary import WORLD
 
 
 class WorldTokenizer:
-    """Encode and decode with the World vocabulary, or with another file of the same grammar and at most 65,535 tokens.
+    """Encode and decode with the World vocabulary, or with another file of the same grammar.
 
-    Immutable and safe to share between threads, which run in parallel: the interpreter lock is released while encoding.
+    Immutable; threads may share one and run in parallel, for the interpreter lock is released at work.
 
     Example:
         >>> WorldTokenizer().encode("Today is a beautiful day.")
@@ -26,10 +27,11 @@ class WorldTokenizer:
     vocab_size = 65536  # rows of the embedding and the head, not the number of tokens
 
     def __init__(self, vocabulary: str | os.PathLike | None = None):
-        """Read `vocabulary`; ValueError names the file and the line of anything that is not `ID LITERAL LENGTH`."""
+        """Read `vocabulary`; ValueError names the file and line of anything but `ID LITERAL LENGTH`."""
         self.vocabulary = Path(vocabulary or WORLD)
         self._native = _native.Tokenizer(self.vocabulary.read_bytes(), str(self.vocabulary))
-        self.byte_lengths: np.ndarray = self._native.byte_lengths()  # uint8 [65536]; 0 for id 0 and ids without a token
+        # uint8 [65536]: the bytes each id decodes to; 0 for id 0 and for ids without a token
+        self.byte_lengths: np.ndarray = self._native.byte_lengths()
         self.byte_lengths.flags.writeable = False
 
     def __reduce__(self):
@@ -40,7 +42,7 @@ class WorldTokenizer:
         try:
             return self._native.encode(text)
         except UnicodeEncodeError as error:
-            error.reason += "; decode the text with errors='replace', or give encode_bytes() its bytes"
+            error.reason += "; read the text with errors='replace', or give encode_bytes() its bytes"
             raise
 
     def encode_bytes(self, data: bytes) -> list[int]:
@@ -52,14 +54,15 @@ class WorldTokenizer:
         return self._native.encode_array(data)
 
     def decode_bytes(self, ids) -> bytes:
-        """Return the bytes of a sequence of ids. ValueError names the index and the value of an id without a token."""
+        """Return the bytes of a sequence of ids. ValueError names the index and value of a bad id."""
         return self._native.decode_bytes(ids)
 
     def decode(self, ids, errors: str = "replace") -> str:
         """Return the text of a sequence of ids; `errors` says what becomes of bytes that are not UTF-8.
 
-        "replace" puts one U+FFFD for each maximal broken piece, "ignore" drops it, "strict" raises UnicodeDecodeError.
-        The rule applies to the bytes of all ids together: a character may be spread over several tokens.
+        "replace" puts one U+FFFD for each maximal broken piece, "ignore" drops it, "strict" raises
+        UnicodeDecodeError. The rule applies to the bytes of all ids together: a character may be spread over
+        several tokens.
         """
         if errors not in ("strict", "replace", "ignore"):
             raise ValueError(f"decode: errors must be 'strict', 'replace' or 'ignore', got {errors!r}")
@@ -68,7 +71,7 @@ class WorldTokenizer:
     def stream(self) -> "_native.Stream":
         """Return a decoder for ids that arrive one at a time: push(id) -> str, flush() -> str.
 
-        The pieces joined together equal decode(ids, "replace"). A piece never ends inside a character, and nothing that
-        can be shown is held back.
+        The pieces joined together equal decode(ids, "replace"). A piece never ends inside a character, and
+        nothing that can be shown is held back.
         """
         return _native.Stream(self._native)

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -14,11 +15,12 @@
 namespace rwkv {
 
 [[noreturn]] inline void throw_bad_id(const Vocabulary& vocabulary, size_t index, const std::string& id) {
-  throw std::invalid_argument("decode: ids[" + std::to_string(index) + "] must be 0 or the id of a token (1 to " +
-                              std::to_string(vocabulary.last_id()) + "), got " + id + "; mask the other ids before sampling");
+  throw std::invalid_argument(
+      "decode: ids[" + std::to_string(index) + "] must be 0 or the id of a token (1 to " +
+      std::to_string(vocabulary.last_id()) + "), got " + id + "; mask the other ids before sampling");
 }
 
-// The bytes of one id; id 0 ends a document and has none. Throws std::invalid_argument naming `index` and the id.
+// The bytes of one id; id 0 ends a document and has none. Throws std::invalid_argument with index and id.
 inline std::string_view decode_id(const Vocabulary& vocabulary, int64_t id, size_t index) {
   if (id < 0 || id >= static_cast<int64_t>(kVocabSize)) throw_bad_id(vocabulary, index, std::to_string(id));
   const std::string_view token = vocabulary.token(static_cast<size_t>(id));
@@ -31,14 +33,19 @@ template <typename Id>
 std::string decode(const Vocabulary& vocabulary, const Id* ids, size_t count) {
   size_t size = 0;
   for (size_t i = 0; i < count; ++i) size += decode_id(vocabulary, static_cast<int64_t>(ids[i]), i).size();
-  std::string bytes;
-  bytes.reserve(size);
-  for (size_t i = 0; i < count; ++i) bytes.append(vocabulary.token(static_cast<size_t>(ids[i])));
+  std::string bytes(size, '\0');
+  char* end = bytes.data();
+  for (size_t i = 0; i < count; ++i) {
+    const std::string_view token = vocabulary.token(static_cast<size_t>(ids[i]));
+    std::memcpy(end, token.data(), token.size());
+    end += token.size();
+  }
   return bytes;
 }
 
-// Cuts a growing byte string at ends of characters. A token may hold half a character; bytes that cannot become part of one
-// come out at once (a decoder replaces them), so the stream never stalls on a broken byte or on a genuine U+FFFD.
+// Cuts a growing byte string at ends of characters. A token may hold half a character; bytes that cannot
+// become part of one come out at once (a decoder replaces them), so the stream never stalls on a broken byte
+// or on a genuine U+FFFD.
 class StreamDecoder {
  public:
   explicit StreamDecoder(const Vocabulary& vocabulary) : vocabulary_(vocabulary) {}
@@ -59,10 +66,12 @@ class StreamDecoder {
     return std::exchange(pending_, {});
   }
 
+  size_t pushed() const { return pushed_; }
+
  private:
   const Vocabulary& vocabulary_;
   std::string pending_;
-  size_t pushed_ = 0;  // ids so far, for messages
+  size_t pushed_ = 0;  // ids since the last flush, for messages
 };
 
 }  // namespace rwkv

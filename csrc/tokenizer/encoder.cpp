@@ -5,13 +5,14 @@
 
 namespace rwkv {
 
-// A breadth-first trie: each node stands for a range of the tokens in byte order that share the node's prefix.
+// Breadth first: each node stands for the range of tokens, in byte order, that share its prefix.
 Encoder::Encoder(const Vocabulary& vocabulary) : pairs_(65536, 0), bytes_(256, 0) {
   std::vector<uint32_t> order;
   for (uint32_t id = 1; id < kVocabSize; ++id) {
     if (!vocabulary.token(id).empty()) order.push_back(id);
   }
-  std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return vocabulary.token(a) < vocabulary.token(b); });
+  std::sort(order.begin(), order.end(),
+            [&](uint32_t a, uint32_t b) { return vocabulary.token(a) < vocabulary.token(b); });
 
   struct Range {
     size_t begin, end, depth;
@@ -22,7 +23,9 @@ Encoder::Encoder(const Vocabulary& vocabulary) : pairs_(65536, 0), bytes_(256, 0
   for (size_t node = 0; node < ranges.size(); ++node) {
     auto [begin, end, depth] = ranges[node];
     // The token that is the prefix itself sorts before those it is a prefix of.
-    if (begin < end && vocabulary.token(order[begin]).size() == depth) nodes_[node].id = static_cast<uint16_t>(order[begin++]);
+    if (begin < end && vocabulary.token(order[begin]).size() == depth) {
+      nodes_[node].id = static_cast<uint16_t>(order[begin++]);
+    }
     nodes_[node].first_child = static_cast<uint32_t>(nodes_.size());
     while (begin < end) {
       const uint8_t label = static_cast<uint8_t>(vocabulary.token(order[begin])[depth]);
@@ -37,7 +40,7 @@ Encoder::Encoder(const Vocabulary& vocabulary) : pairs_(65536, 0), bytes_(256, 0
   }
 
   for (uint32_t first = 0; first < 256; ++first) {
-    const uint32_t node = find_child(nodes_[0], static_cast<uint8_t>(first));  // exists: every byte is a token
+    const uint32_t node = find_child(nodes_[0], static_cast<uint8_t>(first));  // every byte is a token
     bytes_[first] = nodes_[node].id;
     for (uint32_t second = 0; second < 256; ++second) {
       pairs_[first * 256 + second] = find_child(nodes_[node], static_cast<uint8_t>(second));

@@ -10,8 +10,8 @@
 
 namespace rwkv {
 
-// The only state is the position, so any two encodings that share one token boundary agree after it. Immutable after
-// construction: any number of threads may encode with one Encoder.
+// The only state is the position, so any two encodings that share one token boundary agree after it.
+// Immutable after construction: any number of threads may encode with one Encoder.
 class Encoder {
  public:
   explicit Encoder(const Vocabulary& vocabulary);
@@ -21,7 +21,7 @@ class Encoder {
 
  private:
   struct Node {
-    uint32_t first_child;  // children are neighbours: nodes_[first_child .. first_child + children), labels ascending
+    uint32_t first_child;  // the children are nodes_[first_child .. first_child + children)
     uint16_t children;
     uint16_t id;  // of the token that ends here, 0 if none does
   };

@@ -5,6 +5,7 @@
 #include <unordered_map>
 
 #include "tokenizer/literal.h"
+#include "tokenizer/utf8.h"
 
 namespace rwkv {
 namespace {
@@ -22,9 +23,15 @@ long read_number(std::string_view field) {
   return value;
 }
 
+// What a message shows of a field, in valid UTF-8 whatever the file holds.
 std::string quoted(std::string_view text) {
-  constexpr size_t kShown = 60;
-  return "'" + std::string(text.substr(0, kShown)) + (text.size() > kShown ? "...'" : "'");
+  std::string shown = "'";
+  while (!text.empty() && shown.size() < 60) {
+    const Utf8Prefix character = read_utf8(text);
+    shown += character.complete ? std::string(text.substr(0, character.length)) : "?";
+    text.remove_prefix(character.length);
+  }
+  return shown + (text.empty() ? "'" : "...'");
 }
 
 struct Line {
@@ -39,7 +46,8 @@ Line parse_line(std::string_view line) {
   }
   const long id = read_number(line.substr(0, first)), length = read_number(line.substr(last + 1));
   if (id < 1 || id >= static_cast<long>(kVocabSize)) {
-    throw std::invalid_argument("id must be 1 to 65535 (0 ends a document), got " + quoted(line.substr(0, first)));
+    throw std::invalid_argument("id must be 1 to 65535 (0 ends a document), got " +
+                                quoted(line.substr(0, first)));
   }
   const std::string_view literal = line.substr(first + 1, last - first - 1);
   std::string token;
@@ -52,8 +60,9 @@ Line parse_line(std::string_view line) {
     throw std::invalid_argument("token must have 1 to 255 bytes, got " + std::to_string(token.size()));
   }
   if (length != static_cast<long>(token.size())) {
-    throw std::invalid_argument("length must be " + std::to_string(token.size()) + ", the number of bytes of " + quoted(literal) +
-                                ", got " + quoted(line.substr(last + 1)));
+    throw std::invalid_argument("length must be " + std::to_string(token.size()) +
+                                ", the number of bytes of " + quoted(literal) + ", got " +
+                                quoted(line.substr(last + 1)));
   }
   return {static_cast<size_t>(id), std::move(token)};
 }
@@ -73,20 +82,21 @@ Vocabulary Vocabulary::parse(std::string_view text, const std::string& name) {
     if (!line.empty() && line.back() == '\r') line.remove_suffix(1);
     try {
       auto [id, token] = parse_line(line);
-      if (!tokens[id].empty()) throw std::invalid_argument("id must be unique, got " + std::to_string(id) + " again");
+      if (!tokens[id].empty()) throw std::invalid_argument("id must be new, got " + std::to_string(id));
       const auto [other, is_new] = id_of.emplace(token, id);
       if (!is_new) {
-        throw std::invalid_argument("token must be unique, got that of id " + std::to_string(other->second) + " again");
+        throw std::invalid_argument("token must be new, got that of " + std::to_string(other->second));
       }
       vocabulary.last_id_ = std::max(vocabulary.last_id_, id);
       tokens[id] = std::move(token);
     } catch (const std::invalid_argument& error) {
-      throw std::invalid_argument("vocabulary " + name + ", line " + std::to_string(number) + ": " + error.what() + kAdvice);
+      throw std::invalid_argument("vocabulary " + name + ", line " + std::to_string(number) + ": " +
+                                  error.what() + kAdvice);
     }
   }
   for (int byte = 0; byte < 256; ++byte) {  // so that every text has an encoding
     if (id_of.count(std::string(1, static_cast<char>(byte))) == 0) {
-      throw std::invalid_argument("vocabulary " + name + ": every single byte must be a token, got none for byte " +
+      throw std::invalid_argument("vocabulary " + name + ": every byte must be a token, got none for " +
                                   std::to_string(byte) + kAdvice);
     }
   }

@@ -1,4 +1,4 @@
-// The token table of the World tokenizer: the bytes each id stands for, read from the text file of the vocabulary.
+// The token table of the World tokenizer: the bytes each id stands for, read from the vocabulary's text file.
 #pragma once
 
 #include <cstddef>
@@ -13,8 +13,9 @@ constexpr size_t kVocabSize = 65536;  // rows of the models' embedding and head;
 
 class Vocabulary {
  public:
-  // Reads lines `ID SP LITERAL SP LENGTH`, ended by LF or CRLF, where LITERAL is a Python literal ('..', ".." or b'..') and
-  // LENGTH counts its bytes. Ids lie in 1..65535 in any order. Throws std::invalid_argument that names the file and the line.
+  // Reads lines `ID SP LITERAL SP LENGTH`, ended by LF or CRLF, where LITERAL is a Python literal ('..', ".."
+  // or b'..') and LENGTH counts its bytes. Ids lie in 1..65535 in any order. Throws std::invalid_argument
+  // that names the file and the line.
   static Vocabulary parse(std::string_view text, const std::string& name);
 
   // The bytes of an id below kVocabSize; empty for id 0 (end of document) and for ids without a token.

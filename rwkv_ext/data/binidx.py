@@ -1,11 +1,11 @@
-"""Token shards in the Megatron "binidx" format RWKV is trained on: PREFIX.bin holds the tokens, PREFIX.idx the documents.
+"""Token shards in the Megatron "binidx" format: PREFIX.bin holds the tokens, PREFIX.idx the documents.
 
-PREFIX.bin is the token ids of all documents back to back, uint16, little-endian. PREFIX.idx, without any padding:
+PREFIX.bin is the ids of all documents back to back, uint16. PREFIX.idx has no padding; all is little-endian:
     9 bytes   magic `MMIDIDX` and two zeros         int32[N]  tokens of each document
     uint64    version, 1                            int64[N]  byte offset of each document in PREFIX.bin
     uint8     dtype code, 8 for uint16              int64[M]  0, 1, .. N
     uint64 N  documents      uint64 M = N + 1
-Training samples address PREFIX.bin as one stream of tokens; the documents matter to `check`, `document` and packing.
+Training samples address PREFIX.bin as one stream; the documents matter to packing, `document` and the checks.
 """
 
 import bisect
@@ -22,6 +22,7 @@ HEADER = struct.Struct("<9sQBQQ")
 UINT16 = 8
 DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", UINT16: "<u2"}
 MAX_DOCUMENT = 2**31 - 1  # sizes are int32
+BLOCK = 1 << 20  # documents or tokens looked at together
 REPAIR = "copy both files again, or rebuild them with `rwkv-ext data build`"
 
 
@@ -35,11 +36,11 @@ def shard_files(prefix: str | os.PathLike) -> tuple[Path, Path]:
 class BinidxReader:
     """Read one shard through memory maps: opening costs the same for a megabyte and a terabyte.
 
-    Opening checks the header, the size of both files and the documents' offsets in a few places; `check_documents` and
-    `check_tokens` look at everything. FileNotFoundError for a missing file, ValueError for a damaged one, each with the path,
-    what was expected, what was found and what to do.
+    Opening checks the header, the sizes of both files, and offsets and tokens (below vocab_size) in 16
+    places; `check_documents` and `check_tokens` look at everything. FileNotFoundError for a missing file,
+    ValueError for a damaged one, with the path, what was expected, what was found and what to do.
 
-    Attributes: n_tokens, n_documents; tokens [n_tokens] (uint16 unless the shard holds another integer type);
+    Attributes: n_tokens, n_documents; tokens [n_tokens] (uint16, or the other integer type the shard holds);
     sizes int32 [n_documents] in tokens; offsets int64 [n_documents] in bytes.
     """
 
@@ -48,23 +49,22 @@ class BinidxReader:
         self.prefix = str(self.bin_path)[: -len(".bin")]
         for path in (self.bin_path, self.idx_path):
             if not path.is_file():
-                raise FileNotFoundError(f"{path}: no such file; a shard is a .bin and an .idx beside it, made by `rwkv-ext data build`")
+                advice = "a shard is a .bin and an .idx of the same name, made by `rwkv-ext data build`"
+                raise FileNotFoundError(f"{path}: no such file; {advice}")
         self.dtype, self.n_documents, n_starts = self._read_header()
         self.sizes = _map(self.idx_path, "<i4", HEADER.size, self.n_documents)
         self.offsets = _map(self.idx_path, "<i8", HEADER.size + 4 * self.n_documents, self.n_documents)
         self._starts = _map(self.idx_path, "<i8", HEADER.size + 12 * self.n_documents, n_starts)
-        first, last = int(self._starts[0]), int(self._starts[-1])
-        if (first, last) != (0, self.n_documents):
-            raise self._damaged(self.idx_path, f"the document list must run from 0 to {self.n_documents}", f"{first} to {last}")
+        span, whole = f"{self._starts[0]} to {self._starts[-1]}", f"0 to {self.n_documents}"
+        if span != whole:
+            raise self._damaged(self.idx_path, f"the document list must run from {whole}", span)
         self.n_tokens = self._count_tokens()
         self.tokens = _map(self.bin_path, self.dtype, 0, self.n_tokens)
         for begin in np.linspace(0, max(0, self.n_documents - 256), 16, dtype=np.int64):
             self._check_offsets(int(begin), int(begin) + 256)
+        known = np.ones(vocab_size, dtype=bool)
         for begin in np.linspace(0, max(0, self.n_tokens - 4096), 16, dtype=np.int64):
-            self._check_tokens(int(begin), int(begin) + 4096, np.ones(vocab_size, dtype=bool))
-
-    def __len__(self) -> int:
-        return self.n_documents
+            self._check_tokens(int(begin), int(begin) + 4096, known)
 
     def document(self, index: int) -> np.ndarray:
         """Return the tokens of one document, a view of the file; IndexError outside 0 .. n_documents - 1."""
@@ -74,7 +74,7 @@ class BinidxReader:
         return self.tokens[start : start + int(self.sizes[index])]
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 over the files' sizes, the header and 64 blocks of each: names the data without reading all of it."""
+        """Return a SHA-256 of both files' sizes and 64 blocks of each: cheap, whatever their size."""
         digest = hashlib.sha256()
         for path in (self.idx_path, self.bin_path):
             size = path.stat().st_size
@@ -86,73 +86,68 @@ class BinidxReader:
         return digest.hexdigest()
 
     def check_documents(self) -> None:
-        """Check every document's size and offset; ValueError names the first that does not follow its predecessor."""
-        for begin in range(0, self.n_documents, 1 << 20):
-            self._check_offsets(begin, begin + (1 << 20))
-        for begin in range(0, len(self._starts) - 1, 1 << 20):
-            block = self._starts[begin : begin + (1 << 20) + 1]
+        """Check every size and offset; ValueError names the first document that is not where it should be."""
+        for begin in range(0, self.n_documents, BLOCK):
+            self._check_offsets(begin, begin + BLOCK)
+        for begin in range(0, len(self._starts) - 1, BLOCK):
+            block = self._starts[begin : begin + BLOCK + 1]
             if (descents := block[1:] < block[:-1]).any():
                 at = begin + 1 + int(descents.argmax())
-                raise self._damaged(
-                    self.idx_path, f"entry {at} of the document list must be at least {self._starts[at - 1]}", str(self._starts[at])
-                )
+                least = f"entry {at} of the document list must be at least {self._starts[at - 1]}"
+                raise self._damaged(self.idx_path, least, str(self._starts[at]))
 
     def check_tokens(self, known: np.ndarray) -> None:
-        """Check every token against `known`, bool [vocabulary size]; ValueError names the first bad one and its offset."""
-        for begin in range(0, self.n_tokens, 1 << 22):
-            self._check_tokens(begin, begin + (1 << 22), known)
+        """Check every token against `known`, bool [vocabulary size]; ValueError names the first unknown."""
+        for begin in range(0, self.n_tokens, BLOCK):
+            self._check_tokens(begin, begin + BLOCK, known)
 
     def eod_share(self, sample: int = 4096) -> float:
-        """Return the share of documents that end in token 0, from at most `sample` documents spread evenly."""
-        picked = np.unique(np.linspace(0, self.n_documents - 1, min(sample, self.n_documents), dtype=np.int64))
-        ends = [document[-1] == 0 for i in picked if len(document := self.document(int(i)))]
-        return sum(ends) / len(picked) if len(picked) else 0.0
+        """Return the share of documents that end in token 0, from up to `sample` of them spread evenly."""
+        count = min(sample, self.n_documents)
+        if not count:
+            return 0.0
+        picked = np.unique(np.linspace(0, self.n_documents - 1, count, dtype=np.int64)).tolist()
+        return sum(self.document(i)[-1:].tolist() == [0] for i in picked) / len(picked)
 
     def _read_header(self) -> tuple[np.dtype, int, int]:
         found = self.idx_path.stat().st_size
         if found < HEADER.size:
-            raise self._damaged(self.idx_path, f"must have a header of {HEADER.size} bytes", f"a file of {found} bytes")
+            need = f"must have a header of {HEADER.size} bytes"
+            raise self._damaged(self.idx_path, need, f"{found} bytes")
         with open(self.idx_path, "rb") as file:
             magic, version, code, n_sizes, n_starts = HEADER.unpack(file.read(HEADER.size))
         if magic != MAGIC:
             raise ValueError(
-                f"{self.idx_path}: must start with {MAGIC!r}, got {magic!r}; this is no binidx index: give the prefix of a shard"
+                f"{self.idx_path}: must start with {MAGIC!r}, got {magic!r}; this is no binidx index: "
+                "give the name of a shard"
             )
+        rebuild = "rebuild the shard with `rwkv-ext data build`"
         if version != 1:
-            raise ValueError(f"{self.idx_path}: version must be 1, got {version}; rebuild the shard with `rwkv-ext data build`")
+            raise ValueError(f"{self.idx_path}: version must be 1, got {version}; {rebuild}")
         if code not in DTYPES:
             raise ValueError(
-                f"{self.idx_path}: dtype code must be {UINT16} (uint16) or another integer's (1 to 5), got {code}, "
-                "which is no integer type (6 and 7 differ between programs); rebuild the shard with `rwkv-ext data build`"
+                f"{self.idx_path}: dtype code must be {UINT16} (uint16) or 1 to 5 (other integers), got "
+                f"{code}; {rebuild} (6 and 7 mean other types in other programs)"
             )
         expected = HEADER.size + 12 * n_sizes + 8 * n_starts
         if found != expected or n_starts == 0:
-            raise self._damaged(
-                self.idx_path,
-                f"must have {expected} bytes for the {n_sizes} documents and {n_starts} list entries of its header",
-                f"{found} bytes" + (f": it is cut off at byte {found}" if found < expected else ""),
-            )
+            need = f"must have {expected} bytes for {n_sizes} documents and a list of {n_starts} (at least 1)"
+            cut = f": it is cut off at byte {found}" if found < expected else ""
+            raise self._damaged(self.idx_path, need, f"{found} bytes{cut}")
         return np.dtype(DTYPES[code]), n_sizes, n_starts
 
     def _count_tokens(self) -> int:
         found, item = self.bin_path.stat().st_size, self.dtype.itemsize
         expected = int(self.offsets[-1]) + int(self.sizes[-1]) * item if self.n_documents else 0
+        need = f"must have {expected} bytes, where the last document of {self.idx_path.name} ends"
         if found < expected:
-            # The index is in order, so a binary search finds the first document that is not whole.
-            broken = bisect.bisect_right(self.offsets, found) - 1
-            raise self._damaged(
-                self.bin_path,
-                f"must have {expected} bytes, where the last document of {self.idx_path.name} ends",
-                f"{found} bytes: it is cut off at byte {found}, in document {broken} of {self.n_documents}",
-            )
+            broken = bisect.bisect_right(self.offsets, found) - 1  # the first document that is not whole
+            cut = f"it is cut off at byte {found}, in document {broken} of {self.n_documents}"
+            raise self._damaged(self.bin_path, need, f"{found} bytes: {cut}")
         if found % item:
             raise self._damaged(self.bin_path, f"must hold whole tokens of {item} bytes", f"{found} bytes")
         if found != expected:
-            raise self._damaged(
-                self.bin_path,
-                f"must have {expected} bytes, where the last document of {self.idx_path.name} ends",
-                f"{found} bytes: the two files do not belong together",
-            )
+            raise self._damaged(self.bin_path, need, f"{found} bytes: the two files do not belong together")
         return found // item
 
     def _check_offsets(self, begin: int, end: int) -> None:
@@ -164,11 +159,9 @@ class BinidxReader:
         if bad.any():
             at = int(bad.argmax())
             place = HEADER.size + 4 * self.n_documents + 8 * (begin + at)
-            raise self._damaged(
-                self.idx_path,
-                f"document {begin + at} must start at byte {expected[at]} and have a size of 0 or more",
-                f"byte {offsets[at]} (entry at byte {place}), size {sizes[at]}",
-            )
+            need = f"document {begin + at} must start at byte {expected[at]} and have a size of 0 or more"
+            got = f"byte {offsets[at]} (entry at byte {place}), size {sizes[at]}"
+            raise self._damaged(self.idx_path, need, got)
 
     def _check_tokens(self, begin: int, end: int, known: np.ndarray) -> None:
         block = self.tokens[begin:end]
@@ -176,8 +169,9 @@ class BinidxReader:
         bad |= ~known[np.where(bad, 0, block)]
         if bad.any():
             at = int(bad.argmax())
+            place = (begin + at) * self.dtype.itemsize
             raise ValueError(
-                f"{self.bin_path}: the token at byte {(begin + at) * self.dtype.itemsize} must be an id of the vocabulary, got "
+                f"{self.bin_path}: the token at byte {place} must be an id of the vocabulary, got "
                 f"{block[at]}; the file is damaged or made with another vocabulary: {REPAIR}"
             )
 
@@ -192,11 +186,12 @@ def _map(path: Path, dtype, offset: int, count: int) -> np.ndarray:
 
 
 class BinidxWriter:
-    """Write one shard of uint16 tokens, document by document, in memory that grows by four bytes a document.
+    """Write one shard of uint16 tokens, document by document; the memory held is four bytes a document.
 
-    Nothing appears under the final names before `close`, which forces the files to the disk and renames them, .idx last. Use it
-    in a `with` block, which closes it: an exception inside, Ctrl-C included, removes the temporary files and leaves an older
-    shard as it was. FileExistsError where the shard exists, unless `overwrite`; OSError where a file cannot be written (a full disk).
+    Nothing appears under the final names before `close`, which forces the files to the disk and renames them,
+    .idx last. Use it in a `with` block, which closes it: an exception inside, Ctrl-C included, removes the
+    temporary files and leaves an older shard as it was. FileExistsError where the shard exists, unless
+    `overwrite`; OSError where a file cannot be written, such as on a full disk.
 
     Example:
         >>> with BinidxWriter("corpus") as writer:
@@ -207,20 +202,22 @@ class BinidxWriter:
         self.bin_path, self.idx_path = shard_files(prefix)
         for path in (self.bin_path, self.idx_path):
             if path.is_dir() or (path.exists() and not overwrite):
-                raise FileExistsError(f"{path}: already exists; choose another name, remove it or ask to overwrite it")
+                advice = "choose another name, remove it or overwrite it"
+                raise FileExistsError(f"{path}: already exists; {advice}")
         self._sizes = array("i")
         self.n_tokens = 0
         # The process number keeps two writers of the same shard apart.
-        self._temporary = [path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in (self.bin_path, self.idx_path)]
+        names = [f"{path.name}.{os.getpid()}.tmp" for path in (self.bin_path, self.idx_path)]
+        self._temporary = [self.bin_path.with_name(name) for name in names]
         self.bin_path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._temporary[0], "wb", buffering=1 << 20)  # noqa: SIM115
+        self._file = open(self._temporary[0], "wb", buffering=1 << 20)
 
     @property
     def n_documents(self) -> int:
         return len(self._sizes)
 
     def add_document(self, ids) -> None:
-        """Append one document: integers 0 to 65535 in one dimension. TypeError or ValueError leaves the shard as it was."""
+        """Append one document: integers 0 to 65535 in one dimension. Refused ids change nothing."""
         ids = self._check(ids)
         try:
             self._file.write(ids.data)
@@ -231,7 +228,7 @@ class BinidxWriter:
         self.n_tokens += len(ids)
 
     def close(self) -> None:
-        """Finish the shard: write the index, force both files to the disk, give them their names. Once only."""
+        """Write the index, force both files to the disk and give them their names. Once only."""
         self._check_open("close")
         try:
             _sync_and_close(self._file)
@@ -250,8 +247,8 @@ class BinidxWriter:
     def abort(self) -> None:
         """Remove the temporary files; the shard is not written."""
         try:
-            self._file.close()  # may fail again while flushing on a full disk
-        except OSError:
+            self._file.close()
+        except OSError:  # a full disk refuses what is still in the buffer as well
             pass
         for path in self._temporary:
             path.unlink(missing_ok=True)
@@ -269,14 +266,21 @@ class BinidxWriter:
         self._check_open("add_document")
         ids = np.asarray(ids)
         if ids.size == 0:
-            ids = ids.astype(np.uint16)
+            ids = ids.astype(np.uint16)  # an empty list has no type
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise TypeError(f"add_document: ids must be integers in one dimension, got {ids.dtype} of shape {ids.shape}")
+            got = f"{ids.dtype} of shape {ids.shape}"
+            raise TypeError(f"add_document: ids must be integers in one dimension, got {got}")
+        if len(ids) > MAX_DOCUMENT:
+            got = f"{len(ids)}; split the document"
+            raise ValueError(f"add_document: ids must be at most {MAX_DOCUMENT} tokens, got {got}")
         if ids.dtype != np.uint16 and ids.size and (ids.min() < 0 or ids.max() > 65535):
             raise ValueError(f"add_document: ids must be 0 to 65535, got {ids.min()} to {ids.max()}")
-        if len(ids) > MAX_DOCUMENT:
-            raise ValueError(f"add_document: a document must have at most {MAX_DOCUMENT} tokens, got {len(ids)}; split it")
         return np.ascontiguousarray(ids, dtype="<u2")
+
+    def _check_open(self, where: str) -> None:
+        if self._file.closed:
+            advice = "it was closed or it failed; open a new one"
+            raise ValueError(f"{where}: the writer of {self.bin_path} must be open, but {advice}")
 
     def _write_index(self, file) -> None:
         sizes = np.frombuffer(self._sizes, dtype=np.int32)
@@ -284,26 +288,20 @@ class BinidxWriter:
         file.write(HEADER.pack(MAGIC, 1, UINT16, n, n + 1))
         file.write(sizes.astype("<i4").data)
         offset = 0
-        for begin in range(0, n, 1 << 20):  # in pieces: the index of a large corpus has gigabytes
-            ends = offset + 2 * np.cumsum(sizes[begin : begin + (1 << 20)], dtype="<i8")
+        for begin in range(0, n, BLOCK):  # in pieces: the index of a large corpus has gigabytes
+            ends = offset + 2 * np.cumsum(sizes[begin : begin + BLOCK], dtype="<i8")
             file.write(np.concatenate([[offset], ends[:-1]]).astype("<i8").data)
             offset = int(ends[-1])
-        for begin in range(0, n + 1, 1 << 20):
-            file.write(np.arange(begin, min(begin + (1 << 20), n + 1), dtype="<i8").data)
-
-    def _check_open(self, where: str) -> None:
-        if self._file.closed:
-            raise ValueError(f"{self.bin_path}: {where}: the writer must be open, but it was closed or failed; open a new one")
+        for begin in range(0, n + 1, BLOCK):
+            file.write(np.arange(begin, min(begin + BLOCK, n + 1), dtype="<i8").data)
 
     def _abandon(self, error: BaseException) -> None:
         self.abort()
         if isinstance(error, OSError):
-            raise OSError(
-                error.errno,
-                f"cannot write after {self.n_documents} documents and {self.n_tokens} tokens: {error.strerror}; nothing was kept: "
-                "make room on the disk and run it again",
-                str(self.bin_path),
-            ) from error
+            place = f"after {self.n_documents} documents and {self.n_tokens} tokens"
+            advice = "nothing was kept: make room on the disk and run it again"
+            message = f"cannot write {place}: {error.strerror}; {advice}"
+            raise OSError(error.errno, message, str(self.bin_path)) from error
 
 
 def _sync_and_close(file) -> None:

@@ -1,14 +1,15 @@
-"""Text to a shard: every document encoded with the World tokenizer, followed by token 0, in the order of the inputs."""
+"""Text to a shard: every document encoded with the World tokenizer and ended by token 0, in input order."""
 
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rwkv_ext.data.binidx import BinidxWriter
 from rwkv_ext.data.documents import find_files, read_documents
@@ -16,6 +17,7 @@ from rwkv_ext.data.sampler import magic_prime
 from rwkv_ext.tokenizer import WorldTokenizer
 
 CONTEXT_LENGTHS = (512, 1024, 2048, 4096)
+SECONDS_PER_LINE = 10  # of progress, where there is no terminal
 
 
 @dataclass
@@ -40,7 +42,7 @@ class Summary:
 
 
 def prime_lines(n_tokens: int) -> list[str]:
-    """Return a line for each usual context length: RWKV-LM's magic_prime, or that the data is too short for one."""
+    """Return a line for each usual context length: RWKV-LM's magic_prime, or what the data lacks for one."""
     lines = []
     for ctx_len in CONTEXT_LENGTHS:
         try:
@@ -62,25 +64,29 @@ def build(
     overwrite: bool = False,
     show_progress: bool = True,
 ) -> Summary:
-    """Write the shard OUT.bin, OUT.idx from files and folders; for one epoch in input order, byte for byte RWKV-LM's make_data.py.
+    """Write the shard OUT.bin, OUT.idx from files and folders: what RWKV-LM's make_data.py makes of one epoch
+    whose lines are not shuffled, byte for byte.
 
-    One document is in memory at a time. Nothing is written under the final names unless all of it succeeds. ValueError for text that
-    is not what it should be (see `read_documents`) and for inputs without a document.
+    One document is in memory at a time. Nothing appears under the final names unless all of it succeeds.
+    ValueError for text that is not what `read_documents` needs and for inputs without a document.
     """
     files = find_files(inputs, include)
+    sizes = [path.stat().st_size for path in files]
     tokenizer = tokenizer or WorldTokenizer()
     summary = Summary()
     end = np.zeros(1, dtype=np.uint16)
-    with BinidxWriter(out, overwrite) as writer, _progress(files, show_progress) as advance:
-        for path in files:
+    before = 0
+    with BinidxWriter(out, overwrite) as writer, _progress(sum(sizes), show_progress) as report:
+        for path, size in zip(files, sizes, strict=True):
             for document in read_documents(path, text_key, invalid_utf8):
                 ids = tokenizer.encode_array(document.data)
                 if tokenizer.decode_bytes(ids) != document.data:
-                    raise ValueError(f"{path}: text must decode to itself, but does not before byte {document.end}; check the vocabulary")
+                    what = f"the document that ends at byte {document.end}"
+                    raise ValueError(f"{path}: {what} must decode to itself, but it does not; report this")
                 writer.add_document(np.concatenate([ids, end]) if eod else ids)
                 summary.text_bytes += len(document.data)
-                advance(document.end)
-            advance(None)
+                report(before + document.end)
+            before += size
         summary.documents, summary.tokens = writer.n_documents, writer.n_tokens
         summary.end_of_documents = writer.n_documents if eod else 0
         if not writer.n_documents:
@@ -89,38 +95,24 @@ def build(
 
 
 @contextmanager
-def _progress(files: Sequence[os.PathLike], show: bool):
-    """Yield advance(bytes of the current file read so far, or None at its end): a bar on a terminal, else a line every 10 s."""
-    sizes = [os.path.getsize(path) for path in files]
-    total, done = sum(sizes), 0
-    remaining = iter(sizes)
-
-    def track(report: Callable[[int], None]) -> Callable[[int | None], None]:
-        def advance(position: int | None) -> None:
-            nonlocal done
-            if position is None:
-                done += next(remaining)
-                position = 0
-            report(done + position)
-
-        return advance
-
+def _progress(total: int, show: bool) -> Iterator[Callable[[int], None]]:
+    """Yield report(bytes read so far): a bar on a terminal, a line every ten seconds elsewhere."""
     if not show:
-        yield lambda position: None
+        yield lambda done: None
     elif sys.stderr.isatty():
-        columns = [TextColumn("encoding"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()]
-        from rich.console import Console
-
+        columns = [TextColumn("encoding"), BarColumn(), DownloadColumn(), TimeRemainingColumn()]
         with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task("encoding", total=total)
-            yield track(lambda position: bar.update(task, completed=position))
+            yield lambda done: bar.update(task, completed=done)
     else:
-        next_report = time.monotonic() + 10
+        yield _LineProgress(total).report
 
-        def report(position: int) -> None:
-            nonlocal next_report
-            if time.monotonic() >= next_report:
-                next_report = time.monotonic() + 10
-                print(f"encoding: {position / 1e6:,.0f} of {total / 1e6:,.0f} MB", file=sys.stderr, flush=True)
 
-        yield track(report)
+class _LineProgress:
+    def __init__(self, total: int):
+        self.total, self.next_line = total, time.monotonic() + SECONDS_PER_LINE
+
+    def report(self, done: int) -> None:
+        if time.monotonic() >= self.next_line:
+            self.next_line = time.monotonic() + SECONDS_PER_LINE
+            print(f"encoding: {done / 1e6:,.1f} of {self.total / 1e6:,.1f} MB", file=sys.stderr, flush=True)

@@ -4,34 +4,43 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from rwkv_ext.data.binidx import BinidxReader, shard_files
 from rwkv_ext.data.build import build, prime_lines
 from rwkv_ext.data.documents import INVALID_UTF8
 from rwkv_ext.tokenizer import WorldTokenizer
 
+BUILD_HELP = """Write OUT.bin and OUT.idx: one document for each line of a .jsonl file and for each text file,
+in the order of the inputs; a folder gives its *.txt and *.jsonl files by sorted name. Options go before IN
+or after OUT."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-
-    command = actions.add_parser("build", help="write OUT.bin and OUT.idx from .jsonl and .txt files and folders of them")
-    command.add_argument("inputs", nargs="+", metavar="IN", help="a .jsonl file (a document a line), a text file (one document) or a folder")
-    command.add_argument("out", metavar="OUT", help="the shard's name without .bin and .idx")
-    command.add_argument("--text-key", default="text", metavar="KEY", help="where a .jsonl object holds its text (default: text)")
-    command.add_argument("--include", action="append", default=[], metavar="PATTERN", help="take these files of folders too, e.g. '*.py'")
-    command.add_argument("--vocabulary", metavar="FILE", help="another vocabulary file (default: rwkv_vocab_v20230424)")
-    command.add_argument("--eod", action=argparse.BooleanOptionalAction, default=True, help="end each document with token 0 (default)")
-    command.add_argument("--invalid-utf8", choices=INVALID_UTF8, default="error", help="what to do about text that is not UTF-8 (default: error)")
-    command.add_argument("--overwrite", action="store_true", help="replace the shard OUT if it exists")
+    command = actions.add_parser("build", help="write OUT.bin and OUT.idx from text", description=BUILD_HELP)
+    add = command.add_argument
+    add("inputs", nargs="+", metavar="IN", help="a .jsonl file, a text file or a folder")
+    add("out", metavar="OUT", help="the shard's name without .bin and .idx")
+    add("--text-key", default="text", metavar="KEY", help="key of a .jsonl object's text (default: text)")
+    add("--include", action="append", metavar="PATTERN", help="take more files of folders, such as '*.py'")
+    _add_vocabulary(command)
+    eod = argparse.BooleanOptionalAction
+    add("--eod", action=eod, default=True, help="end each document with token 0 (default)")
+    add("--invalid-utf8", choices=INVALID_UTF8, default="error", help="what is not UTF-8 (default: error)")
+    add("--overwrite", action="store_true", help="replace the shard OUT if it exists")
     command.set_defaults(run_action=_build)
 
-    for name, function, summary in (("info", _info, "print what shards hold"), ("check", _check, "read shards whole and print what is wrong")):
-        command = actions.add_parser(name, help=summary)
-        command.add_argument("prefixes", nargs="+", metavar="PREFIX", help="a shard's name without .bin and .idx")
-        if name == "check":
-            command.add_argument("--vocabulary", metavar="FILE", help="the vocabulary file of the shard (default: rwkv_vocab_v20230424)")
+    summaries = {_info: "print what shards hold", _check: "read shards whole and print what is wrong"}
+    for function, summary in summaries.items():
+        name, sentence = function.__name__[1:], summary.capitalize() + "."
+        command = actions.add_parser(name, help=summary, description=sentence)
+        command.add_argument("prefixes", nargs="+", metavar="PREFIX", help="a name without .bin and .idx")
+        if function is _check:
+            _add_vocabulary(command)
         command.set_defaults(run_action=function)
+
+
+def _add_vocabulary(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--vocabulary", metavar="FILE", help="another vocabulary than rwkv_vocab_v20230424")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,10 +49,20 @@ def run(args: argparse.Namespace) -> int:
 
 def _build(args) -> int:
     out = Path(args.out)
-    if out.suffix in (".txt", ".jsonl") or out.is_dir() or out.is_file() and out.suffix not in (".bin", ".idx"):
-        raise ValueError(f"OUT must be the name of a new shard, got {out}, which looks like an input; give OUT last, e.g. data/corpus")
-    options = {name: getattr(args, name) for name in ("text_key", "include", "eod", "invalid_utf8", "overwrite")}
-    summary = build(args.inputs, out, tokenizer=WorldTokenizer(args.vocabulary), **options)
+    is_input = out.suffix in (".txt", ".jsonl") or (out.is_file() and out.suffix not in (".bin", ".idx"))
+    if is_input or out.is_dir():
+        advice = "give it last, such as data/corpus"
+        raise ValueError(f"OUT must be the name of a shard, got {out}, which looks like an input; {advice}")
+    summary = build(
+        args.inputs,
+        out,
+        tokenizer=WorldTokenizer(args.vocabulary),
+        text_key=args.text_key,
+        include=args.include or (),
+        eod=args.eod,
+        invalid_utf8=args.invalid_utf8,
+        overwrite=args.overwrite,
+    )
     bin_path, idx_path = shard_files(out)
     print(f"wrote            {bin_path} ({bin_path.stat().st_size:,} bytes) and {idx_path.name}")
     print("\n".join(summary.lines()))
@@ -57,16 +76,18 @@ def _info(args) -> int:
 def _check(args) -> int:
     tokenizer = WorldTokenizer(args.vocabulary)
     known = tokenizer.byte_lengths > 0
-    known[0] = True
+    known[0] = True  # ends a document
 
     def check(reader: BinidxReader) -> None:
         reader.check_documents()
         reader.check_tokens(known)
         _describe(reader)
         share = reader.eod_share()
-        print(f"ends in token 0  {share:.1%} of the documents" + ("" if share == 1 else "; RWKV's own data has it after every one"))
-        for index in np.unique(np.linspace(0, reader.n_documents - 1, min(3, reader.n_documents), dtype=np.int64)):
-            text = tokenizer.decode(np.asarray(reader.document(int(index))[:64]))
+        remark = "" if share == 1 else "; RWKV's models expect it after each"
+        print(f"end in token 0   {share:.1%} of the documents{remark}")
+        last = reader.n_documents - 1
+        for index in sorted({0, last // 2, last}) if last >= 0 else ():
+            text = tokenizer.decode(reader.document(index)[:64])
             print(f"document {index:<7} {text[:72]!r}")
         print("no fault found")
 
@@ -74,12 +95,12 @@ def _check(args) -> int:
 
 
 def _describe(reader: BinidxReader) -> None:
-    print(f"{reader.prefix}")
-    print(f"documents        {reader.n_documents:,}")
-    print(f"tokens           {reader.n_tokens:,} ({reader.dtype.name}, {reader.n_tokens * reader.dtype.itemsize:,} bytes)")
+    size = reader.n_tokens * reader.dtype.itemsize
+    print(f"{reader.prefix}\ndocuments        {reader.n_documents:,}")
+    print(f"tokens           {reader.n_tokens:,} ({reader.dtype.name}, {size:,} bytes)")
     if reader.n_documents:
-        sizes = np.asarray(reader.sizes)
-        print(f"document length  {sizes.min():,} to {sizes.max():,} tokens, mean {reader.n_tokens / reader.n_documents:,.1f}")
+        mean = reader.n_tokens / reader.n_documents
+        print(f"document length  {reader.sizes.min():,} to {reader.sizes.max():,} tokens, mean {mean:,.1f}")
     print("\n".join(prime_lines(reader.n_tokens)))
     print(f"fingerprint      {reader.fingerprint()[:16]}")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 INVALID_UTF8 = ("error", "replace", "skip")
+CHOICES = "choose --invalid-utf8=replace or --invalid-utf8=skip"
 
 
 @dataclass
@@ -15,16 +16,16 @@ class Document:
     """The UTF-8 bytes of one document; `end` is how far its file has been read, in bytes."""
 
     data: bytes
-    path: Path
     end: int
 
 
 def find_files(inputs: Sequence[str | os.PathLike], include: Sequence[str] = ()) -> list[Path]:
-    """Return the files to read, in the order of `inputs`; a folder gives its files by sorted name, depth first.
+    """Return the files to read, in the order of `inputs`; a folder gives its own by sorted name, depth first.
 
-    Folders give *.txt, *.jsonl and what matches a pattern of `include` (on the file's name, or on its path below the folder
-    where the pattern holds a slash). Hidden entries and links to folders are left out. A file named in `inputs` is always taken.
-    FileNotFoundError for an input that does not exist; ValueError for a folder without any such file.
+    Folders give *.txt, *.jsonl and what matches a pattern of `include`: the file's name, or its path below
+    the folder where the pattern holds a slash. Hidden entries and links to folders are left out. A file named
+    in `inputs` is always taken. FileNotFoundError for an input that is not there, ValueError for a folder
+    without such a file.
     """
     patterns = ["*.txt", "*.jsonl", *include]
     files = []
@@ -33,35 +34,36 @@ def find_files(inputs: Sequence[str | os.PathLike], include: Sequence[str] = ())
             files.append(item)
             continue
         if not item.is_dir():
-            raise FileNotFoundError(f"{item}: no such file or folder; the inputs are .jsonl and .txt files and folders of them")
+            raise FileNotFoundError(f"{item}: no such file or folder; name .jsonl or text files, or folders")
         found = [path for path in _walk(item) if _matches(path.relative_to(item), patterns)]
         if not found:
-            raise ValueError(f"{item}: the folder must hold files named {' or '.join(patterns)}, got none; name others with --include")
+            names = " or ".join(patterns)
+            advice = "name others with --include"
+            raise ValueError(f"{item}: the folder must hold {names}, got no such file; {advice}")
         files += found
     return files
 
 
 def _walk(folder: Path) -> Iterator[Path]:
     with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                yield from _walk(folder / entry.name)
-            elif entry.is_file():
-                yield folder / entry.name
+        visible = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda e: e.name)
+    for entry in visible:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(folder / entry.name)
+        elif entry.is_file():
+            yield folder / entry.name
 
 
 def _matches(path: Path, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(path.as_posix() if "/" in pattern else path.name, pattern) for pattern in patterns)
+    return any(fnmatch.fnmatchcase(path.as_posix() if "/" in p else path.name, p) for p in patterns)
 
 
 def read_documents(path: Path, text_key: str = "text", invalid_utf8: str = "error") -> Iterator[Document]:
     """Yield the documents of one file: one a line of a .jsonl file, the whole of any other.
 
-    A .jsonl line is a JSON object with a string under `text_key`; empty lines are passed over. ValueError names the file, the line
-    and the byte offset of a line that is something else, and of bytes that are not UTF-8 under invalid_utf8="error"; "replace" puts
-    U+FFFD in their place, "skip" leaves the document out.
+    A .jsonl line is a JSON object with a string under `text_key`; empty lines are passed over. ValueError
+    names the file, the line and the byte offset of anything else, and of bytes that are not UTF-8 where
+    invalid_utf8 is "error"; "replace" puts U+FFFD in their place, "skip" leaves the document out.
     """
     if invalid_utf8 not in INVALID_UTF8:
         raise ValueError(f"invalid_utf8 must be one of {', '.join(INVALID_UTF8)}, got {invalid_utf8!r}")
@@ -72,57 +74,55 @@ def read_documents(path: Path, text_key: str = "text", invalid_utf8: str = "erro
             data = file.read()
             text = _decode(data, f"{path}: byte offset", 0, invalid_utf8)
             if text is not None:
-                yield Document(text.encode(), path, len(data))
+                yield Document(text.encode(), len(data))
 
 
 def _read_lines(file, path: Path, text_key: str, invalid_utf8: str) -> Iterator[Document]:
     offset = 0
     for number, line in enumerate(file, start=1):
         where = f"{path}: line {number}, byte offset"
-        body = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-        if body.strip():
-            text = _decode(body, where, offset + len(line) - len(body), invalid_utf8)
-            text = text and _read_json(text, f"{where} {offset}", text_key)
-            text = text and _join_surrogates(text, f"{where} {offset}", invalid_utf8)
+        body = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line  # a byte order mark is no JSON
+        text = _decode(body, where, offset + len(line) - len(body), invalid_utf8)
+        if text is not None and text.strip():
+            text = _read_json(text, f"{where} {offset}", text_key)
+            text = _check_surrogates(text, f"{where} {offset}", invalid_utf8)
             if text is not None:
-                yield Document(text.encode(), path, offset + len(line))
+                yield Document(text.encode(), offset + len(line))
         offset += len(line)
 
 
 def _decode(data: bytes, where: str, offset: int, invalid_utf8: str) -> str | None:
     try:
-        return data.decode()
+        return data.decode(errors="replace" if invalid_utf8 == "replace" else "strict")
     except UnicodeDecodeError as error:
         if invalid_utf8 == "skip":
             return None
-        if invalid_utf8 == "replace":
-            return data.decode(errors="replace")
-        raise ValueError(
-            f"{where} {offset + error.start}: text must be UTF-8, got byte {data[error.start]:#04x} ({error.reason}); convert the "
-            "file, or choose --invalid-utf8=replace or --invalid-utf8=skip"
-        ) from error
+        got = f"byte {data[error.start]:#04x} ({error.reason})"
+        where = f"{where} {offset + error.start}"
+        raise ValueError(f"{where}: text must be UTF-8, got {got}; convert the file, or {CHOICES}") from error
 
 
 def _read_json(line: str, where: str, text_key: str) -> str:
+    need, advice = "line must be a JSON object", "mend or remove the line"
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: line must be a JSON object, got bad JSON at column {error.colno}: {error.msg}; mend or remove it") from error
-    except RecursionError as error:
-        raise ValueError(f"{where}: line must be a JSON object, got one nested too deeply; mend or remove it") from error
+    except (ValueError, RecursionError) as error:
+        bad = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+        raise ValueError(f"{where}: {need}, got bad JSON ({bad}); {advice}") from error
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: line must be a JSON object, got {type(record).__name__}; mend or remove it")
+        raise ValueError(f"{where}: {need}, got {type(record).__name__}; {advice}")
     if text_key not in record:
         keys = ", ".join(map(repr, record)) or "no key at all"
-        raise ValueError(f"{where}: object must have the key {text_key!r}, got {keys}; name the right one with --text-key")
+        advice = "name the right one with --text-key"
+        raise ValueError(f"{where}: object must have the key {text_key!r}, got {keys}; {advice}")
     text = record[text_key]
     if not isinstance(text, str):
-        raise ValueError(f"{where}: {text_key!r} must be a string, got {type(text).__name__}; mend or remove the line")
+        raise ValueError(f"{where}: {text_key!r} must be a string, got {type(text).__name__}; {advice}")
     return text
 
 
-def _join_surrogates(text: str, where: str, invalid_utf8: str) -> str | None:
-    """JSON may escape half of a surrogate pair, which no UTF-8 can hold."""
+def _check_surrogates(text: str, where: str, invalid_utf8: str) -> str | None:
+    """JSON may escape one half of a surrogate pair, which no UTF-8 can hold."""
     try:
         text.encode()
         return text
@@ -131,7 +131,5 @@ def _join_surrogates(text: str, where: str, invalid_utf8: str) -> str | None:
             return None
         if invalid_utf8 == "replace":
             return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        raise ValueError(
-            f"{where}: text must be Unicode, got the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}; mend the "
-            "line, or choose --invalid-utf8=replace or --invalid-utf8=skip"
-        ) from error
+        got = f"the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}"
+        raise ValueError(f"{where}: text must be Unicode, got {got}; mend the line, or {CHOICES}") from error

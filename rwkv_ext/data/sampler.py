@@ -1,12 +1,14 @@
 """The order of training samples, a pure function of the sample's number: RWKV-LM's cubic permutation.
 
-A sample is ctx_len + 1 tokens; sample number ii (from 1) starts at token slot(ii) * ctx_len of the stream, where
-    slot(ii) = int(p * (sqrt(5) - 1) / 2) * ii**3 mod p,        p prime, p mod 3 = 2, p close below the number of slots.
-Cubing permutes the integers mod such p, so every run of p samples (a pass) visits p slots once, in scattered order, and
-nothing but a number has to be stored to resume, with any number of ranks.
+A sample is ctx_len + 1 tokens. Sample number ii, from 1, starts at token slot(ii) * ctx_len of the stream:
+    slot(ii) = int(p * (sqrt(5) - 1) / 2) * ii**3 mod p
+with p the largest prime that is 2 mod 3 and fits the data. Cubing permutes the integers mod such p, so each
+run of p samples (a pass) visits p slots once, in scattered order; one number is all a run needs to resume,
+with any number of ranks.
 
-Pass 0 is RWKV-LM's order exactly. RWKV-LM then repeats the same cuts for ever; here pass q > 0 moves the stream's cuts by
-hash(q) mod ctx_len tokens and the slots by another hash, so later passes see new pieces and the few slots beyond p as well.
+Pass 0 is RWKV-LM's order exactly. RWKV-LM then repeats the same cuts for ever; here pass q > 0 moves every
+cut by hash(q) mod ctx_len tokens and the slots by another hash of q, so that later passes see new pieces, and
+the slots that p leaves over as well.
 """
 
 import functools
@@ -21,7 +23,9 @@ from rwkv_ext.data.binidx import BinidxReader
 
 
 def is_prime(n: int) -> bool:
-    return n >= 2 and all(n % d for d in range(2, min(n, 4))) and all(n % d and n % (d + 2) for d in range(5, math.isqrt(n) + 1, 6))
+    if n < 2 or any(n % d == 0 and n > d for d in (2, 3)):
+        return False
+    return all(n % d and n % (d + 2) for d in range(5, math.isqrt(n) + 1, 6))  # 6k - 1 and 6k + 1
 
 
 def largest_prime(limit: int) -> int:
@@ -53,8 +57,9 @@ def cubic_slot(prime: int, ii: int) -> int:
 class Sampler:
     """Cut training samples from one shard or from several, which count as one row of slots.
 
-    Shard j has (tokens_j - 1) // ctx_len slots; no sample crosses from one shard into the next. For a single shard the order
-    is RWKV-LM's. The samples of an optimizer step depend on its sample numbers alone, not on how ranks share them.
+    Shard j has (tokens_j - 1) // ctx_len slots; no sample crosses from one shard into the next. For a single
+    shard the order is RWKV-LM's. The samples of an optimizer step depend on its sample numbers alone, not on
+    how ranks share them.
 
     Args:
         readers: a BinidxReader or a sequence of them; their order matters.
@@ -64,7 +69,7 @@ class Sampler:
     Attributes: prime, samples_per_pass (equal to it), n_tokens.
     """
 
-    def __init__(self, readers: BinidxReader | Sequence[BinidxReader], ctx_len: int, prime: int | None = None):
+    def __init__(self, readers: BinidxReader | Sequence[BinidxReader], ctx_len: int, prime=None):
         self.readers = [readers] if isinstance(readers, BinidxReader) else list(readers)
         self.ctx_len = _check_ctx_len(ctx_len)
         self.n_tokens = sum(reader.n_tokens for reader in self.readers)
@@ -79,7 +84,7 @@ class Sampler:
         self.prime = self.samples_per_pass = self._check_prime(prime)
 
     def sample(self, index: int) -> np.ndarray:
-        """Return sample number index + 1: int64 [ctx_len + 1]; inputs are [:-1], targets [1:]. Any index >= 0 is valid."""
+        """Return sample number index + 1, for any index >= 0: int64 [ctx_len + 1], inputs and targets."""
         shard, start = self.locate(index)
         return self.readers[shard].tokens[start : start + self.ctx_len + 1].astype(np.int64)
 
@@ -109,14 +114,15 @@ class Sampler:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def _check_prime(self, prime: int) -> int:
+        prime = operator.index(prime)
         if not is_prime(prime) or prime % 3 != 2:
-            raise ValueError(f"Sampler: prime must be a prime number that is 2 mod 3, got {prime}; leave it out to have it computed")
+            advice = "leave it out to have it computed"
+            raise ValueError(f"Sampler: prime must be a prime number that is 2 mod 3, got {prime}; {advice}")
         if prime > self.n_slots:
-            raise ValueError(
-                f"Sampler: prime must be at most {self.n_slots}, the samples of {self.ctx_len} tokens in the data, got {prime}; "
-                "is it the prime of another data set or ctx_len?"
-            )
-        return operator.index(prime)
+            most = f"{self.n_slots}, the samples of {self.ctx_len} tokens in the data"
+            advice = "is it the prime of another data set or ctx_len?"
+            raise ValueError(f"Sampler: prime must be at most {most}, got {prime}; {advice}")
+        return prime
 
 
 @functools.lru_cache(maxsize=16)
@@ -136,7 +142,6 @@ def _check_ctx_len(ctx_len: int) -> int:
 
 def _check_enough(n_tokens: int, limit: int, ctx_len: int) -> None:
     if limit < 2:
-        raise ValueError(
-            f"ctx_len must be at most a third of the data's tokens, got ctx_len {ctx_len} for {n_tokens} tokens; "
-            "use a shorter ctx_len or more data"
-        )
+        got = f"ctx_len {ctx_len} for {n_tokens} tokens"
+        advice = "use a shorter ctx_len or more data"
+        raise ValueError(f"ctx_len must be at most a third of the data's tokens, got {got}; {advice}")

@@ -1,4 +1,4 @@
-"""The World vocabulary of RWKV: a text file, one `ID LITERAL LENGTH` a line, ids 1 to 65529 (see NOTICE for its origin)."""
+"""The World vocabulary: a text file, one `ID LITERAL LENGTH` a line, ids 1 to 65529; origin in NOTICE."""
 
 from pathlib import Path
 
