@@ -31,8 +31,9 @@ _DOCUMENTATION = """
     forward-mode derivatives and torch.func transforms raise NotImplementedError.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit; the message names the argument.
-        RuntimeError: the op library is not built.
+        ValueError: a shape, dtype, device or cu_seqlens that does not fit; the message names the argument.
+        TypeError: an argument is not a tensor.
+        RuntimeError: the op library is not built, or has no kernel for this device.
 """
 
 
@@ -87,31 +88,50 @@ wkv5_step.__doc__ += "\n" + _STEP_DOCUMENTATION.format(w_shape="[H, N]")
 
 def _forward(name, r, k, v, w, u, state, cu_seqlens):
     _load.require_ops()
-    inputs = [x for x in (r, k, v, w, u, state) if x is not None]
-    _refuse_transforms(name.removesuffix("_forward"), inputs)
-    save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    return getattr(torch.ops.rwkv_ext, name)(r, k, v, w, u, state, cu_seqlens, save)[:2]
+    inputs = {"r": r, "k": k, "v": v, "w": w, "u": u, "state": state, "cu_seqlens": cu_seqlens}
+    tensors = _tensors_of(name.removesuffix("_forward"), inputs, optional=("state", "cu_seqlens"))
+    save = torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values())
+    return getattr(torch.ops.rwkv_ext, name)(*inputs.values(), save)[:2]
 
 
 def _step(name, r, k, v, w, u, state, slots):
     _load.require_ops()
-    _refuse_transforms(name, (r, k, v, w, u, state))
+    inputs = {"r": r, "k": k, "v": v, "w": w, "u": u, "state": state, "slots": slots}
+    tensors = _tensors_of(name, inputs, optional=("slots",))
     if torch.is_grad_enabled():
-        for argument, x in zip("r k v w u state".split(), (r, k, v, w, u, state), strict=True):
+        for argument, x in tensors.items():
             if x.requires_grad:
                 raise ValueError(
                     f"{name}: {argument} must not require a gradient, because this op has none; call it under "
                     f"torch.no_grad(), or use {name.removesuffix('_step')} to train"
                 )
-    y = getattr(torch.ops.rwkv_ext, name)(r, k, v, w, u, state, slots)
+    y = getattr(torch.ops.rwkv_ext, name)(*inputs.values())
     # The dispatcher does not count the in-place change; without this autograd would miss a stale saved state.
     torch.autograd.graph.increment_version(state)
     return y
 
 
+def _tensors_of(name, inputs, optional):
+    """Return the tensors among inputs; refuse other types, which C++ cannot see, and transforms (below)."""
+    tensors = {argument: x for argument, x in inputs.items() if x is not None or argument not in optional}
+    for argument, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: {argument} must be a torch.Tensor, got {type(x).__name__}")
+    _refuse_transforms(name, tensors.values())
+    return tensors
+
+
 def _refuse_transforms(name, tensors):
-    """Forward-mode derivatives would silently come out as zero, so they are refused here."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+    """Forward-mode derivatives would silently come out as zero and torch.func's fail in torch's words: refuse here."""
+    if torch.compiler.is_compiling():
         return
-    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+    if torch._C._are_functorch_transforms_active():
+        wrapped = torch._C._functorch
+        if any(wrapped.is_batchedtensor(x) for x in tensors):
+            raise NotImplementedError(f"{name}: torch.vmap is not implemented; give the op a batch axis B instead")
+        if any(wrapped.is_functorch_wrapped_tensor(x) or x.requires_grad for x in tensors):
+            raise NotImplementedError(
+                f"{name}: torch.func transforms are not implemented; use reverse mode (backward, torch.autograd.grad)"
+            )
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise NotImplementedError(f"{name}: forward-mode derivatives are not implemented; use reverse mode (backward)")
