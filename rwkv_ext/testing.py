@@ -167,7 +167,8 @@ def outputs_and_gradients(
 
     Args:
         gradients: which inputs require one: any of dr, dk, dv, dw, du, dstate (dstate only where there is a state).
-        cotangents: which outputs the loss uses. Their gradients are reproducible normal numbers.
+        cotangents: which outputs the loss uses. Their gradients are reproducible normal numbers. A gradient that
+            autograd does not reach from there is zeros.
     """
     wanted = [f"d{name}" in gradients and x is not None for name, x in zip(inputs._fields, inputs, strict=True)]
     leaves = WkvInputs(*(x.detach().requires_grad_() if need else x for x, need in zip(inputs, wanted, strict=True)))
@@ -181,8 +182,8 @@ def outputs_and_gradients(
     names = [f"d{name}" for name, need in zip(inputs._fields, wanted, strict=True) if need]
     if names:
         roots, seeds = zip(*used, strict=True)
-        grads = torch.autograd.grad(roots, [getattr(leaves, name[1:]) for name in names], seeds, allow_unused=True)
-        results |= {name: grad for name, grad in zip(names, grads, strict=True) if grad is not None}
+        sources = [getattr(leaves, name[1:]) for name in names]
+        results |= zip(names, torch.autograd.grad(roots, sources, seeds, materialize_grads=True), strict=True)
     return {name: x.detach() for name, x in results.items()}
 
 

@@ -79,7 +79,7 @@ def test_wkv_forward_layouts(version, layout):
 
 
 def test_wkv_forward_odd_strides():
-    """Every tensor its own layout: slices of a fused projection, a last stride of 0, senseless strides of size-1 axes."""
+    """Every tensor its own layout: slices of a fused projection, a last stride of 0, odd strides of size-1 axes."""
     fused = torch.randn(2, 20, 3, 4 * 16)  # [B, T, H, (r k v w)]
     r, k, v, w = fused.split(16, -1)
     u = torch.randn(16, 3).t()

@@ -1,0 +1,202 @@
+"""Every gradient of the ops against autograd through the reference, finite differences and each subset of inputs."""
+
+import itertools
+
+import pytest
+import torch
+
+from rwkv_ext import ops, reference
+from rwkv_ext.testing import (
+    GRADIENTS,
+    assert_close_ratio,
+    decay_regimes,
+    error_ratio,
+    gradcheck_wkv,
+    layouts,
+    make_inputs,
+    outputs_and_gradients,
+)
+
+OPS = {"5.2": ops.wkv5, "6.0": ops.wkv6}
+REFERENCES = {"5.2": reference.wkv5, "6.0": reference.wkv6}
+# version, B, T, H, N, regime: a saved chunk is 128 tokens, a recomputed block 16.
+SHAPES = [
+    ("6.0", 1, 0, 2, 64, "typical"),
+    ("5.2", 2, 1, 3, 64, "mixed"),
+    ("6.0", 3, 15, 2, 3, "near_one"),
+    ("5.2", 1, 16, 1, 40, "huge"),
+    ("6.0", 2, 17, 3, 32, "huge"),
+    ("6.0", 1, 31, 1, 1, "mixed"),
+    ("5.2", 3, 33, 2, 1, "near_zero"),
+    ("6.0", 1, 127, 2, 40, "resets"),
+    ("6.0", 2, 128, 1, 16, "near_zero"),
+    ("5.2", 1, 129, 1, 128, "typical"),
+    ("6.0", 1, 129, 1, 128, "mixed"),
+    ("5.2", 2, 200, 2, 32, "near_one"),
+    ("6.0", 2, 257, 2, 64, "typical"),
+    ("5.2", 1, 300, 2, 3, "resets"),
+    ("6.0", 1, 300, 2, 5, "huge"),
+    ("6.0", 0, 4, 2, 8, "typical"),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def name(case):
+    version, batch, tokens, heads, size, regime = case
+    return f"v{version[0]}-B{batch}-T{tokens}-H{heads}-N{size}-{regime}"
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=name)
+def test_wkv_backward_fp64(case):
+    version, *shape, regime = case
+    inputs = make_inputs(version, *shape, regime=regime, dtype=torch.float64)
+    expected = outputs_and_gradients(REFERENCES[version], inputs)
+    assert_close_ratio(outputs_and_gradients(OPS[version], inputs), expected, floor=1e-13)
+    assert {"y", "state_out", *GRADIENTS} == set(expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("regime", decay_regimes)
+def test_wkv_backward_accuracy(regime, dtype):
+    """Over two chunks in fp32, where dw by the usual identity loses all its digits, and with halves."""
+    for version, size in (("6.0", 32), ("5.2", 16)):
+        inputs = make_inputs(version, 1, 145, 2, size, regime=regime, dtype=dtype)
+        exact, plain = (outputs_and_gradients(REFERENCES[version], x) for x in (inputs.double(), inputs))
+        assert_close_ratio(outputs_and_gradients(OPS[version], inputs), exact, plain)
+
+
+def test_wkv_backward_dw_by_decay():
+    """dw stays exact in every bin of decays: a ratio over all of w is blind to the small ones."""
+    inputs = make_inputs("6.0", 1, 200, 2, 32, regime="mixed", dtype=torch.float32)
+    exact = outputs_and_gradients(reference.wkv6, inputs.double())["dw"]
+    actual = outputs_and_gradients(ops.wkv6, inputs)["dw"]
+    log_decay = -torch.exp(inputs.w.double())
+    for low, high in ((-1, 0), (-3, -1), (-6, -3), (-12, -6), (-40, -12)):
+        here = (log_decay > low) & (log_decay <= high)
+        assert here.sum() > 100 and error_ratio(actual[here], exact[here]) < 2e-6
+
+
+@pytest.mark.parametrize("cotangents", [("y",), ("state_out",)], ids=["y-alone", "state_out-alone"])
+@pytest.mark.parametrize("version", OPS)
+def test_wkv_backward_one_output(version, cotangents):
+    """dy or dstate_out is absent in the op, not zeros."""
+    for state in (True, False):
+        inputs = make_inputs(version, 2, 140, 2, 8, regime="mixed", dtype=torch.float64, state=state)
+        expected = outputs_and_gradients(REFERENCES[version], inputs, cotangents=cotangents)
+        actual = outputs_and_gradients(OPS[version], inputs, cotangents=cotangents)
+        assert_close_ratio(actual, expected, floor=1e-13)
+
+
+@pytest.mark.parametrize("version", OPS)
+def test_wkv_backward_requires_grad_subsets(version):
+    """Each of the 63 non-empty subsets gives bitwise the gradients of the full set, and no others."""
+    inputs = make_inputs(version, 1, 18, 2, 8, dtype=torch.float32)
+    full = outputs_and_gradients(OPS[version], inputs)
+    for count in range(len(GRADIENTS) + 1):
+        for subset in itertools.combinations(GRADIENTS, count):
+            results = outputs_and_gradients(OPS[version], inputs, gradients=subset)
+            assert set(results) == {"y", "state_out", *subset}
+            assert all(torch.equal(x, full[key]) for key, x in results.items()), subset
+
+
+@pytest.mark.parametrize("layout", [name for name in layouts if name != "contiguous"])
+@pytest.mark.parametrize("version", OPS)
+def test_wkv_backward_layouts(version, layout):
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = make_inputs(version, 2, 19, 3, 24, dtype=dtype, layout=layout)
+        dense = type(inputs)(*(x if x is None else x.clone(memory_format=torch.contiguous_format) for x in inputs))
+        actual, expected = (outputs_and_gradients(OPS[version], x) for x in (inputs, dense))
+        assert all(torch.equal(actual[key], expected[key]) for key in expected)
+
+
+def test_wkv_backward_cotangent_layouts():
+    """Gradients arrive in whatever layout the layer above left them: expanded from a sum, transposed, strided."""
+    inputs = make_inputs("6.0", 2, 20, 2, 8)
+    leaves = [x.requires_grad_() for x in inputs[:6]]
+    y, state = ops.wkv6(*leaves)
+    backward = lambda dy, ds: torch.autograd.grad((y, state), leaves, (dy, ds), retain_graph=True)  # noqa: E731
+    for dy, ds in (
+        (torch.tensor(2.0).expand_as(y), torch.tensor(3.0).expand_as(state)),
+        (torch.randn(20, 2, 2, 8).transpose(0, 1), torch.randn_like(state).mT),
+        (torch.randn(2, 20, 2, 16)[..., ::2], torch.randn(2, 4, 8, 8)[:, ::2]),
+    ):
+        for a, b in zip(backward(dy, ds), backward(dy.contiguous(), ds.contiguous()), strict=True):
+            assert torch.equal(a, b) and a.is_contiguous()
+
+
+@pytest.mark.parametrize("parameter_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_wkv_backward_dtypes(parameter_dtype):
+    """Every gradient in its own input's dtype."""
+    for version in OPS:
+        inputs = make_inputs(version, 2, 30, 2, 16, dtype=torch.bfloat16, parameter_dtype=parameter_dtype)
+        results = outputs_and_gradients(OPS[version], inputs)
+        for field, x in zip(inputs._fields[:6], inputs[:6], strict=True):
+            assert results[f"d{field}"].dtype == x.dtype and results[f"d{field}"].shape == x.shape
+        exact, plain = (outputs_and_gradients(REFERENCES[version], x) for x in (inputs.double(), inputs))
+        assert_close_ratio(results, exact, plain)
+
+
+@pytest.mark.parametrize("version", OPS)
+def test_wkv_backward_gradcheck(version):
+    """Finite differences, every element: within a block, over blocks, and over chunks of 128 with one channel."""
+    for batch, tokens, heads, size in ((2, 5, 2, 3), (1, 35, 1, 2), (1, 131, 1, 1)):
+        inputs = make_inputs(version, batch, tokens, heads, size, regime="mixed", dtype=torch.float64)
+        gradcheck_wkv(OPS[version], inputs)
+
+
+@pytest.mark.parametrize("regime", decay_regimes)
+def test_wkv_backward_gradcheck_regimes(regime):
+    """Three chunks by random projections, in every regime."""
+    for version in OPS:
+        inputs = make_inputs(version, 2, 270, 2, 5, regime=regime, dtype=torch.float64, state=version == "6.0")
+        gradcheck_wkv(OPS[version], inputs, fast_mode=True)
+
+
+def test_wkv_backward_accumulates_in_fp64_over_sequences():
+    """du and Eagle's dw add up B x T terms: 40 rows of 300 tokens lose no digits of fp32."""
+    inputs = make_inputs("5.2", 40, 300, 1, 2, regime="near_one")
+    actual = outputs_and_gradients(ops.wkv5, inputs, gradients=("dw", "du"))
+    exact = outputs_and_gradients(ops.wkv5, inputs.double(), gradients=("dw", "du"))
+    assert error_ratio(actual["du"], exact["du"]) < 5e-7 and error_ratio(actual["dw"], exact["dw"]) < 5e-6
+
+
+def test_wkv_backward_twice_with_retain_graph():
+    inputs = [x.requires_grad_() for x in make_inputs("6.0", 1, 20, 2, 8)[:6]]
+    y, state = ops.wkv6(*inputs)
+    loss = y.square().sum() + state.sum()
+    first, second = (torch.autograd.grad(loss, inputs, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_wkv_backward_shared_input():
+    """One tensor as r, k and v: autograd adds the three gradients."""
+    x = torch.randn(1, 20, 2, 8, dtype=torch.float64, requires_grad=True)
+    w, u = torch.randn(2, 8, dtype=torch.float64), torch.randn(2, 8, dtype=torch.float64)
+    (actual,), (expected,) = (torch.autograd.grad(op(x, x, x, w, u)[0].sum(), x) for op in (ops.wkv5, reference.wkv5))
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_wkv_backward_saves_nothing_without_need():
+    """No graph, and no chunk states, under no_grad or when nothing requires a gradient."""
+    inputs = make_inputs("6.0", 1, 20, 2, 8)
+    assert ops.wkv6(*inputs)[0].grad_fn is None
+    inputs.r.requires_grad_()
+    with torch.no_grad():
+        assert not ops.wkv6(*inputs)[0].requires_grad
+    with torch.inference_mode():
+        assert ops.wkv6(*inputs)[0].is_inference()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+        ops.wkv6(*inputs)
+    assert torch.Size([1, 1, 2, 8, 8]) in kept  # the chunk states, and the inputs
+    assert len(kept) == 8
+
+
+def test_wkv_backward_under_activation_checkpointing():
+    inputs = make_inputs("6.0", 1, 150, 2, 8)
+
+    def checkpointed(*arguments):
+        return torch.utils.checkpoint.checkpoint(ops.wkv6, *arguments, use_reentrant=False)
+
+    actual, expected = (outputs_and_gradients(op, inputs) for op in (checkpointed, ops.wkv6))
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
