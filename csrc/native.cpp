@@ -93,13 +93,13 @@ std::string decode(const Tokenizer& tokenizer, const py::object& ids) {
   if (py::isinstance<py::array>(ids)) {
     const auto array = py::reinterpret_borrow<py::array>(ids);
     const char kind = array.dtype().kind();
-    if (array.ndim() != 1 || (kind != 'i' && kind != 'u')) {
+    if (array.ndim() != 1 || (kind != 'i' && kind != 'u' && kind != 'O')) {
       throw py::type_error("decode: ids must be integers in one dimension, got an array of " +
                            std::string(py::str(array.dtype())) + " with " + std::to_string(array.ndim()) +
                            " dimensions");
     }
     if (array.dtype().is(py::dtype::of<uint16_t>())) return decode_array<uint16_t>(tokenizer, array);
-    if (kind == 'i' || array.itemsize() < 8) return decode_array<int64_t>(tokenizer, array);
+    if (kind == 'i' || (kind == 'u' && array.itemsize() < 8)) return decode_array<int64_t>(tokenizer, array);
   }
   if (py::isinstance<py::bytes>(ids) || py::isinstance<py::str>(ids) || !py::isinstance<py::iterable>(ids)) {
     throw py::type_error("decode: ids must be a sequence of integers, got " + type_name(ids));
