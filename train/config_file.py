@@ -91,10 +91,10 @@ def _convert(key: str, hint: Any, value: Any) -> Any:
     if origin is types.UnionType:  # int | None: TOML has no null, so a given value is the int
         return _convert(key, arguments[0], value)
     if origin is Literal:
-        if value not in arguments:
+        if str(value) not in arguments:  # str: --set model.version=5.2 is a number in TOML
             legal = " or ".join(f'"{item}"' for item in arguments)
             raise ValueError(f"{key} must be {legal}, got {value!r}")
-        return value
+        return str(value)
     if origin is list:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list):

@@ -90,11 +90,13 @@ def memory_estimate(
 ) -> dict[str, int]:
     """Estimate one rank's bytes: weights, gradients and AdamW's moments (16 per parameter), and activations.
 
-    Activations are what autograd keeps for each token: per block about 30 numbers of the residual width, five of the
-    channel mix's width and the fp32 WKV states (one per 128 tokens); a block that recomputes keeps its input alone.
+    Activations are what autograd keeps for each token, counted with saved-tensor hooks: per block 26 (Eagle) or 36
+    (Finch) numbers of the residual width, five of the channel mix's and the fp32 WKV states (one per 128 tokens); a
+    block that recomputes keeps its input alone.
     """
     size = 2 if dtype == "bf16" else 4
-    block = (30 * config.n_embd + 5 * config.dim_ffn) * size + config.dim_att * config.head_size * 4 // 128
+    widths = 26 if config.version == "5.2" else 36
+    block = (widths * config.n_embd + 5 * config.dim_ffn) * size + config.dim_att * config.head_size * 4 // 128
     kept = config.n_layer * config.n_embd * size + block if checkpointing else config.n_layer * block
     return {
         "weights, gradients, moments": 16 * parameters // shards,

@@ -1,10 +1,10 @@
 """The training loop: one optimizer step, one validation, and fit(), which repeats them until tokens or time are up."""
 
 import math
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from time import monotonic
 
 import numpy as np
 import torch
@@ -144,7 +144,7 @@ def fit(run: Run) -> bool:
     validation_seconds = validate(run) if progress.step == 0 else 0.0
     with Interrupt(announce=ranks.first) as interrupt:
         while not progress.total_tokens or progress.tokens < progress.total_tokens:
-            begin = time.monotonic()
+            begin = monotonic()
             rate = learning_rate(
                 progress.step, progress.tokens, progress.total_tokens, step_tokens,
                 optim.lr, optim.lr_final, optim.warmup_steps, optim.warmup_floor,
@@ -158,8 +158,8 @@ def fit(run: Run) -> bool:
             progress.step += 1
             progress.tokens += step_tokens
             progress.next_sample += config.train.global_batch
-            pace.add(time.monotonic() - begin)
-            progress.seconds = earlier + time.monotonic() - run.started
+            pace.add(monotonic() - begin)
+            progress.seconds = earlier + monotonic() - run.started
             if config.train.minutes:
                 recalibrate(run, pace, validation_seconds)
             report(run, loss, norm, rate, pace, validation_seconds)
@@ -245,13 +245,13 @@ def validate(run: Run) -> float:
     """Measure the held-out windows, log, show and draw the result; return the seconds it took."""
     if run.held_out is None:
         return 0.0
-    begin = time.monotonic()
+    begin = monotonic()
     loss, bits = evaluate(run.model, run.held_out, run.token_bytes, run.ranks, run.autocast)
     if run.ranks.first:
         run.log.record(run.progress.step, run.progress.tokens, validation_loss=loss, bits_per_byte=bits)
         run.display.validation(run.progress.step, loss, bits)
         draw(run)
-    return time.monotonic() - begin
+    return monotonic() - begin
 
 
 def draw(run: Run) -> None:

@@ -41,11 +41,8 @@ def draw_loss(log: Path, picture: Path, baselines: dict[str, float], title: str)
     partial.replace(picture)
 
 
-def _smooth(values: tuple[float, ...], keep: float = 0.95) -> list[float]:
-    """Exponential average whose start is not biased towards zero."""
-    smoothed, total, weight = [], 0.0, 0.0
-    for value in values:
-        total = keep * total + (1 - keep) * value
-        weight = keep * weight + (1 - keep)
-        smoothed.append(total / weight)
-    return smoothed
+def _smooth(values: tuple[float, ...]) -> list[float]:
+    """Average over a window of a thirtieth of the curve, centred so that it does not lag behind."""
+    reach = len(values) // 60
+    windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]

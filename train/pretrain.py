@@ -9,10 +9,10 @@ Run the same command again to go on from the newest checkpoint of [checkpoint] f
 import argparse
 import os
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and exit")
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")
     args = parser.parse_args(argv)
-    started = time.monotonic()
+    started = monotonic()
     try:
         ranks = None
         config = load_config(args.config, args.set)
