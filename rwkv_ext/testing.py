@@ -177,13 +177,14 @@ def outputs_and_gradients(
     used = []
     for name, x in results.items():
         cotangent = torch.randn(x.shape, dtype=torch.float64, generator=generator).to(x)
-        if name in cotangents:
+        if name in cotangents and x.requires_grad:
             used.append((x, cotangent))
-    names = [f"d{name}" for name, need in zip(inputs._fields, wanted, strict=True) if need]
-    if names:
+    sources = {f"d{name}": x for name, x in leaves._asdict().items() if x is not None and x.requires_grad}
+    results |= {name: torch.zeros_like(x) for name, x in sources.items()}
+    if used:
         roots, seeds = zip(*used, strict=True)
-        sources = [getattr(leaves, name[1:]) for name in names]
-        results |= zip(names, torch.autograd.grad(roots, sources, seeds, materialize_grads=True), strict=True)
+        grads = torch.autograd.grad(roots, list(sources.values()), seeds, materialize_grads=True)
+        results |= zip(sources, grads, strict=True)
     return {name: x.detach() for name, x in results.items()}
 
 
