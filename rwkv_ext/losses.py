@@ -256,12 +256,13 @@ def _backward(ctx, grad, _grad_hidden, _grad_weight):
             "linear_cross_entropy: second derivatives do not exist; where create_graph=True is needed, use "
             "F.cross_entropy(F.linear(hidden, weight), targets)"
         )
-    grad_hidden, grad_weight = (
-        saved * grad if need else None for saved, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
+    need_hidden, need_weight = ctx.needs
+    grad_hidden, grad_weight = ctx.saved_tensors
+    return (
+        grad_hidden * grad if need_hidden and grad is not None else None,
+        (grad_weight * grad).to(ctx.weight_dtype) if need_weight and grad is not None else None,
+        *[None] * 6,
     )
-    if grad_weight is not None:
-        grad_weight = grad_weight.to(ctx.weight_dtype)
-    return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
 _linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)
