@@ -69,7 +69,7 @@ def infer_config(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> RWKV
             **ranks,
         )
     except ValueError as error:
-        raise ValueError(f"from_pretrained: {path} has sizes that no Eagle or Finch model has: {error}") from error
+        raise ValueError(f"from_pretrained: {path} must have the sizes of an Eagle or Finch model: {error}") from error
 
 
 def detect_version(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> str:
@@ -145,13 +145,19 @@ def _load(path: str | os.PathLike) -> dict[str, Tensor]:
         # Only torch's zip format can be mapped; files from before 2020 are read whole.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"from_pretrained: {path} must be a .pth file of tensors, got a file torch cannot read as one "
-            f"({str(error).splitlines()[0]}); it may be truncated or hold something else: download or save it again"
+            f"from_pretrained: {path} must be a .pth file of tensors, got a file torch cannot read as one ({reason}); "
+            "it may be truncated or hold something else: download or save it again"
         ) from error
-    if not isinstance(content, dict) or not all(isinstance(x, Tensor) for x in content.values()):
-        kind = f"keys {list(content)[:5]}" if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"from_pretrained: {path} must be a dict of name -> tensor, got {kind}; save the model alone")
+    if not isinstance(content, dict):
+        raise ValueError(f"from_pretrained: {path} must hold a dict of name -> tensor, got {type(content).__name__}")
+    others = [name for name, x in content.items() if not isinstance(name, str) or not isinstance(x, Tensor)]
+    if others:
+        raise ValueError(
+            f"from_pretrained: {path} must hold a dict of name -> tensor alone, got other things under {others[:5]}; "
+            "if it is a training checkpoint, save the model's state_dict() by itself"
+        )
     return content
 
 

@@ -60,10 +60,6 @@ class RWKV(nn.Module):
         hidden, state = self.hidden(tokens, state, cu_seqlens)
         if targets is None:
             return self.head(hidden), state
-        if targets.shape != tokens.shape:
-            raise ValueError(
-                f"RWKV: targets must have the shape of tokens {list(tokens.shape)}, got {list(targets.shape)}"
-            )
         return linear_cross_entropy(hidden, self.head.weight, targets), state
 
     def hidden(
@@ -93,6 +89,11 @@ class RWKV(nn.Module):
         """
         self._check_tokens(tokens, dims=1)
         self._check_state(state, tokens.shape[0])
+        if any(part.requires_grad for part in state):
+            raise ValueError(
+                "RWKV.step: state must not require a gradient, got one with a graph that an update in place would "
+                "falsify; pass state.detach().clone(), or run forward under torch.no_grad()"
+            )
         x = self.emb(tokens)
         for layer, block in enumerate(self.blocks):
             x = block.step(x, state.att_shift[layer], state.wkv[layer], state.ffn_shift[layer])

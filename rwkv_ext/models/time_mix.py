@@ -65,10 +65,10 @@ class TimeMix(nn.Module):
         return self._project(y.flatten(0, 1), g).view(h.shape), newest, state
 
     def step(self, h: Tensor, last: Tensor, state: Tensor) -> Tensor:
-        """Take one token, h [B, D]; update last [B, D] and state [B, H, N, N] in place; return [B, D]. No gradient."""
+        """Take one token, h [B, D], under no_grad; update last [B, D] and state [B, H, N, N] in place."""
         r, k, v, g, w = self.mix(h, last.to(h.dtype))
         last.copy_(h)
-        return self._project(self._wkv_step(r, k, v, w.detach(), self._bonus().detach(), state), g)
+        return self._project(self._wkv_step(r, k, v, w, self._bonus(), state), g)
 
     def mix(self, h: Tensor, previous: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Map h and previous [M, D] to r, k, v [M, H, N], the gate g [M, A] and omega ([M, H, N] or [H, N], fp32)."""
