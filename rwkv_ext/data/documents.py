@@ -84,7 +84,7 @@ def _read_lines(file, path: Path, text_key: str, invalid_utf8: str) -> Iterator[
         body = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line  # a byte order mark is no JSON
         text = _decode(body, where, offset + len(line) - len(body), invalid_utf8)
         if text is not None and text.strip():
-            text = _read_json(text, f"{where} {offset}", text_key)
+            text = _read_json(text.rstrip(), f"{where} {offset}", text_key)
             text = _check_surrogates(text, f"{where} {offset}", invalid_utf8)
             if text is not None:
                 yield Document(text.encode(), offset + len(line))

@@ -7,11 +7,10 @@ run of p samples (a pass) visits p slots once, in scattered order; one number is
 with any number of ranks.
 
 Pass 0 is RWKV-LM's order exactly. RWKV-LM then repeats the same cuts for ever; here pass q > 0 moves every
-cut by hash(q) mod ctx_len tokens and the slots by another hash of q, so that later passes see new pieces, and
-the slots that p leaves over as well.
+cut by frac(q * golden ratio) * ctx_len tokens, and takes the p slots that follow, in a ring, those of pass
+q - 1. So later passes see new pieces, and the slots that p leaves over have their turn.
 """
 
-import functools
 import hashlib
 import math
 import operator
@@ -20,6 +19,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from rwkv_ext.data.binidx import BinidxReader
+
+GOLDEN = 0x9E3779B97F4A7C15  # the golden ratio's fraction, times 2**64: its multiples spread evenly
 
 
 def is_prime(n: int) -> bool:
@@ -101,10 +102,10 @@ class Sampler:
         index = operator.index(index)
         if index < 0:
             raise ValueError(f"sample: index must be 0 or more, got {index}")
-        rotation, shift = pass_offsets(index // self.prime, self.n_slots, self.ctx_len)
-        slot = (cubic_slot(self.prime, index + 1) + rotation) % self.n_slots
+        number = index // self.prime
+        slot = (cubic_slot(self.prime, index + 1) + number * self.prime) % self.n_slots
         shard = int(np.searchsorted(self._first_slot, slot, side="right")) - 1
-        start = (slot - int(self._first_slot[shard])) * self.ctx_len + shift
+        start = (slot - int(self._first_slot[shard])) * self.ctx_len + pass_shift(number, self.ctx_len)
         # Shifted, the last slot of a shard may no longer fit: it moves back to the shard's end.
         return shard, min(start, self.readers[shard].n_tokens - 1 - self.ctx_len)
 
@@ -125,13 +126,9 @@ class Sampler:
         return prime
 
 
-@functools.lru_cache(maxsize=16)
-def pass_offsets(number: int, n_slots: int, ctx_len: int) -> tuple[int, int]:
-    """Return (rotation in slots, shift in tokens) of a pass; (0, 0) for pass 0, which is RWKV-LM's own."""
-    if number == 0:
-        return 0, 0
-    digest = hashlib.sha256(b"rwkv_ext pass %d" % number).digest()
-    return int.from_bytes(digest[:8], "little") % n_slots, int.from_bytes(digest[8:16], "little") % ctx_len
+def pass_shift(number: int, ctx_len: int) -> int:
+    """Return by how many tokens, 0 .. ctx_len - 1, a pass moves the cuts; 0 for pass 0."""
+    return (number * GOLDEN % 2**64) * ctx_len >> 64
 
 
 def _check_ctx_len(ctx_len: int) -> int:

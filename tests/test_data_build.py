@@ -1,0 +1,381 @@
+"""rwkv-ext data: shards against an independent writer, every refusal of an input, and the printed reports."""
+
+import json
+import resource
+import signal
+import struct
+
+import numpy as np
+import pytest
+from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
+
+from rwkv_ext import cli
+from rwkv_ext.data import build as build_module
+from rwkv_ext.data.binidx import BinidxReader, BinidxWriter, shard_files
+from rwkv_ext.data.build import build
+from rwkv_ext.data.documents import find_files, read_documents
+from rwkv_ext.tokenizer import WorldTokenizer
+from rwkv_ext.vocabulary import WORLD
+
+TEXTS = [
+    "Today is a beautiful day.\n",
+    "",
+    "\u4eca\u5929\u662f\u7f8e\u597d",
+    "a\0b\r\n",
+    "\ufeffBOM <|endoftext|> \U0001f980" * 99,
+]
+
+
+@pytest.fixture(scope="module")
+def world():
+    return WorldTokenizer()
+
+
+@pytest.fixture(scope="module")
+def upstream():
+    return TRIE_TOKENIZER(str(WORLD))
+
+
+def expected_files(texts, upstream):
+    """What make_data.py writes for these documents, from the format's description and the PyPI tokenizer."""
+    documents = [upstream.encode(text) + [0] for text in texts]
+    sizes = [len(document) for document in documents]
+    tokens = sum(documents, [])
+    pointers = [2 * sum(sizes[:i]) for i in range(len(sizes))]
+    header = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, len(sizes), len(sizes) + 1)
+    index = struct.pack(f"<{len(sizes)}i", *sizes) + struct.pack(f"<{len(sizes)}q", *pointers)
+    starts = struct.pack(f"<{len(sizes) + 1}q", *range(len(sizes) + 1))
+    return struct.pack(f"<{len(tokens)}H", *tokens), header + index + starts
+
+
+def files(prefix):
+    return tuple(path.read_bytes() for path in shard_files(prefix))
+
+
+def write_lines(path, *records, end="\n"):
+    lines = (record if isinstance(record, str) else json.dumps(record) for record in records)
+    path.write_bytes("".join(line + end for line in lines).encode())
+    return path
+
+
+def test_jsonl_is_make_data_byte_for_byte(tmp_path, world, upstream):
+    records = [{"text": text, "meta": {"n": n}} for n, text in enumerate(TEXTS)]
+    path = write_lines(tmp_path / "corpus.jsonl", *records[:2], "", "  \t", *records[2:])
+    summary = build([path], tmp_path / "out", tokenizer=world)
+    assert files(tmp_path / "out") == expected_files(TEXTS, upstream)
+    reader = BinidxReader(tmp_path / "out")
+    assert [world.decode(reader.document(i), "strict") for i in range(len(TEXTS))] == TEXTS
+    assert (summary.documents, summary.end_of_documents, summary.tokens) == (5, 5, reader.n_tokens)
+    assert summary.text_bytes == sum(len(text.encode()) for text in TEXTS)
+
+
+@pytest.mark.parametrize("end", ["\r\n", ""], ids=["CRLF", "no line end at the end"])
+def test_jsonl_line_ends_and_byte_order_mark(tmp_path, world, upstream, end):
+    path = tmp_path / "corpus.jsonl"
+    path.write_bytes(
+        b"\xef\xbb\xbf"
+        + (end or "\n").join(json.dumps({"text": text}) for text in TEXTS).encode()
+        + end.encode()
+    )
+    build([path], tmp_path / "out", tokenizer=world)
+    assert files(tmp_path / "out") == expected_files(TEXTS, upstream)
+
+
+def test_text_files_are_one_document_each(tmp_path, world, upstream):
+    paths = []
+    for number, text in enumerate(TEXTS):
+        paths.append(tmp_path / f"{9 - number}.txt")
+        paths[-1].write_bytes(text.encode())
+    build(paths, tmp_path / "out", tokenizer=world)
+    assert files(tmp_path / "out") == expected_files(TEXTS, upstream)
+    build([tmp_path], tmp_path / "sorted", tokenizer=world)
+    assert files(tmp_path / "sorted") == expected_files(TEXTS[::-1], upstream)
+
+
+def test_without_end_of_document(tmp_path, world):
+    path = write_lines(tmp_path / "corpus.jsonl", {"text": "Today"}, {"text": ""}, {"text": " is"})
+    summary = build([path], tmp_path / "out", tokenizer=world, eod=False)
+    reader = BinidxReader(tmp_path / "out")
+    assert reader.tokens.tolist() == world.encode("Today") + world.encode(" is") and reader.n_documents == 3
+    assert summary.end_of_documents == 0 and reader.eod_share() == 0
+
+
+def test_folders_are_walked_in_sorted_order(tmp_path):
+    names = [
+        "b/2.txt",
+        "b/10.txt",
+        "a.jsonl",
+        "c.py",
+        "b.txt",
+        "b/deep/x.py",
+        "b/.git/hidden.txt",
+        ".hidden.txt",
+        "d.md",
+        "B.txt",
+    ]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "z.txt").symlink_to(tmp_path / "d.md")
+
+    def found(*include, inputs=(tmp_path,)):
+        return [path.relative_to(tmp_path).as_posix() for path in find_files(inputs, include)]
+
+    plain = ["B.txt", "a.jsonl", "b/10.txt", "b/2.txt", "b.txt", "z.txt"]
+    assert found() == plain
+    assert found("*.py") == [
+        "B.txt",
+        "a.jsonl",
+        "b/10.txt",
+        "b/2.txt",
+        "b/deep/x.py",
+        "b.txt",
+        "c.py",
+        "z.txt",
+    ]
+    assert found("b/*.py", "*.md") == [*plain[:4], "b/deep/x.py", "b.txt", "d.md", "z.txt"]
+    assert found(inputs=(tmp_path / "d.md", tmp_path / "b")) == ["d.md", "b/10.txt", "b/2.txt"]
+    with pytest.raises(
+        FileNotFoundError, match="nothing: no such file or folder; name .jsonl or text files, or folders"
+    ):
+        found(inputs=(tmp_path / "nothing",))
+    with pytest.raises(
+        ValueError, match=r"deep: the folder must hold \*.txt or \*.jsonl, got no such file; .* --include"
+    ):
+        found(inputs=(tmp_path / "b" / "deep",))
+
+
+GOOD = '{"text": "fine"}'  # 17 bytes with its line end
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"text": "cut', r"line must be a JSON object, got bad JSON \(Unterminated .* at column 10\); mend"),
+        ("text", r"line must be a JSON object, got bad JSON \(Expecting value at column 1\)"),
+        ('{"text": ' + "9" * 5000 + "}", r"line must be a JSON object, got bad JSON \(Exceeds the limit"),
+        ("[" * 200_000, "line must be a JSON object, got bad JSON"),
+        ('["text"]', "line must be a JSON object, got list; mend or remove the line"),
+        ('{"body": "x", "id": 3}', "object must have the key 'text', got 'body', 'id'; name the right .* --text-key"),
+        ("{}", "object must have the key 'text', got no key at all"),
+        ('{"text": 3}', "'text' must be a string, got int; mend or remove the line"),
+        ('{"text": null}', "'text' must be a string, got NoneType"),
+        ('{"text": "a\\ud800b"}', r"text must be Unicode, got the lone surrogate U\+D800 at character 1; mend"),
+    ],
+)  # fmt: skip
+def test_bad_line_is_named_and_nothing_is_written(tmp_path, world, line, message):
+    path = write_lines(tmp_path / "corpus.jsonl", GOOD, "", line, GOOD)
+    with pytest.raises(ValueError, match=rf"corpus.jsonl: line 3, byte offset 18: {message}"):
+        build([path], tmp_path / "out", tokenizer=world)
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
+
+
+def test_invalid_utf8_is_named_by_its_byte(tmp_path, world):
+    text = tmp_path / "latin1.txt"
+    text.write_bytes(b"caf\xe9 au lait")
+    advice = "convert the file, or choose --invalid-utf8=replace or --invalid-utf8=skip"
+    with pytest.raises(
+        ValueError, match=rf"latin1.txt: byte offset 3: text must be UTF-8, got byte 0xe9 .*; {advice}"
+    ):
+        build([text], tmp_path / "out", tokenizer=world)
+    lines = tmp_path / "lines.jsonl"
+    lines.write_bytes(GOOD.encode() + b'\n{"text": "caf\xe9"}\n')
+    with pytest.raises(
+        ValueError, match="lines.jsonl: line 2, byte offset 30: text must be UTF-8, got byte 0xe9"
+    ):
+        build([lines], tmp_path / "out", tokenizer=world)
+    with pytest.raises(ValueError, match="invalid_utf8 must be one of error, replace, skip, got 'ignore'"):
+        build([lines], tmp_path / "out", tokenizer=world, invalid_utf8="ignore")
+    assert {path.name for path in tmp_path.iterdir()} == {"latin1.txt", "lines.jsonl"}
+
+
+def test_invalid_utf8_may_be_replaced_or_skipped(tmp_path):
+    text, lines = tmp_path / "a.txt", tmp_path / "b.jsonl"
+    text.write_bytes(b"caf\xe9 \xf0\x9f!")
+    lines.write_bytes(
+        b'{"text": "\xff"}\n{"text": "x\\udc00\\ud83e\\udd80\\ud800"}\n{"text": "good"}\n\xfe\n'
+    )
+
+    def read(path, policy):
+        try:
+            return [document.data.decode() for document in read_documents(path, invalid_utf8=policy)]
+        except ValueError as error:
+            return str(error)
+
+    assert read(text, "replace") == ["caf\ufffd \ufffd!"] and read(text, "skip") == []
+    assert read(lines, "skip") == ["good"]
+    assert "line 4, byte offset 69: line must be a JSON object" in read(lines, "replace")
+    lines.write_bytes(lines.read_bytes()[:-2])
+    assert read(lines, "replace") == ["\ufffd", "x\ufffd\U0001f980\ufffd", "good"]
+
+
+def test_inputs_without_a_document(tmp_path, world):
+    path = write_lines(tmp_path / "empty.jsonl", "", "")
+    with pytest.raises(ValueError, match="the 1 input files must hold a document, got none"):
+        build([path], tmp_path / "out", tokenizer=world)
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.jsonl"]
+
+
+class Tampering(WorldTokenizer):
+    """Stands for what goes wrong in the middle of the second document."""
+
+    def __init__(self, fault):
+        super().__init__()
+        self.fault = fault
+
+    def encode_array(self, data):
+        if b"second" in data:
+            self.fault()
+        return super().encode_array(data)
+
+    def decode_bytes(self, ids):
+        data = super().decode_bytes(ids)
+        return data.replace(b"third", b"THIRD")
+
+
+def test_interrupt_leaves_nothing_behind(tmp_path):
+    path = write_lines(tmp_path / "corpus.jsonl", *({"text": text} for text in ("first", "second", "fine")))
+    with pytest.raises(KeyboardInterrupt):
+        build([path], tmp_path / "out", tokenizer=Tampering(lambda: signal.raise_signal(signal.SIGINT)))
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
+
+
+def test_document_that_does_not_decode_to_itself(tmp_path):
+    path = write_lines(tmp_path / "corpus.jsonl", {"text": "first"}, {"text": "third"})
+    message = (
+        "corpus.jsonl: the document that ends at byte 36 must decode to itself, but it does not; report this"
+    )
+    with pytest.raises(ValueError, match=message):
+        build([path], tmp_path / "out", tokenizer=Tampering(lambda: None))
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
+
+
+def test_progress_is_lines_without_a_terminal_and_a_bar_with_one(tmp_path, world, capsys, monkeypatch):
+    path = write_lines(tmp_path / "corpus.jsonl", *[{"text": "word " * 50}] * 4)
+    monkeypatch.setattr(build_module, "SECONDS_PER_LINE", 0)
+    build([path, path], tmp_path / "out", tokenizer=world)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 8 and lines[-1] == "encoding: 0.0 of 0.0 MB"
+    build([path], tmp_path / "quiet", tokenizer=world, show_progress=False)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    build([path], tmp_path / "bar", tokenizer=world)
+    assert "encoding" in capsys.readouterr().err
+
+
+def run(*arguments):
+    return cli.main(["data", *map(str, arguments)])
+
+
+def test_build_command_and_its_summary(tmp_path, capsys):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "a.py").write_text("x = 1\n" * 4000)
+    write_lines(folder / "b.jsonl", {"body": "Today is"})
+    out = tmp_path / "new" / "corpus"
+    assert run("build", folder, out, "--include", "*.py", "--text-key", "body") == 0
+    printed = capsys.readouterr().out
+    n = BinidxReader(out).n_tokens
+    assert f"documents        2\ntokens           {n:,} (2 of them end a document)\n" in printed
+    assert f"text             24,008 bytes, {24008 / (n - 2):.3f} bytes a token\n" in printed
+    assert f"wrote            {out}.bin ({2 * n:,} bytes) and corpus.idx" in printed
+    assert "magic_prime      29 for ctx_len 512\n" in printed  # 16,005 tokens: 31 slots, and 30 is the limit
+    assert "magic_prime      2 for ctx_len 4096" in printed
+    assert run("build", folder, out) == 2
+    assert "corpus.bin: already exists; choose another name" in capsys.readouterr().err
+    write_lines(folder / "b.jsonl", {"text": "Today is"})
+    assert run("build", "--no-eod", "--overwrite", folder, out) == 0
+    assert BinidxReader(out).tokens.tolist() == [33520, 4600]
+    assert "magic_prime      none for ctx_len 512: that takes 1,536 tokens" in capsys.readouterr().out
+
+
+def test_build_command_takes_another_vocabulary(tmp_path):
+    vocabulary = tmp_path / "bytes.vocabulary"
+    vocabulary.write_text("".join(f"{byte + 1} b'\\x{byte:02x}' 1\n" for byte in range(256)))
+    (tmp_path / "a.txt").write_text("ab")
+    assert run("build", tmp_path / "a.txt", tmp_path / "out", "--vocabulary", vocabulary) == 0
+    assert BinidxReader(tmp_path / "out").tokens.tolist() == [98, 99, 0]
+    assert run("check", tmp_path / "out", "--vocabulary", vocabulary) == 0
+
+
+def test_build_command_protects_an_input_named_last(tmp_path, capsys):
+    for name in ("a.txt", "b.txt", "c"):
+        (tmp_path / name).write_text("keep me")
+    for out in ("b.txt", "new.jsonl", "c", "."):
+        assert run("build", tmp_path / "a.txt", tmp_path / out) == 2
+        assert "OUT must be the name of a shard, got " in capsys.readouterr().err
+    assert (tmp_path / "b.txt").read_text() == (tmp_path / "c").read_text() == "keep me"
+
+
+def test_build_command_on_a_full_disk(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("word " * 100_000)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        assert run("build", tmp_path / "a.txt", tmp_path / "out") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (
+        "cannot write after 1 documents and 100002 tokens: File too large; nothing was kept"
+        in capsys.readouterr().err
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.fixture
+def shards(tmp_path, world):
+    rng = np.random.default_rng(1)
+    for name in ("one", "two"):
+        with BinidxWriter(tmp_path / name) as writer:
+            for _ in range(10):
+                writer.add_document([*rng.integers(1, 65530, 300), 0])
+            writer.add_document(world.encode("The last document."))
+    return tmp_path / "one", tmp_path / "two"
+
+
+def test_info_command(shards, capsys):
+    assert run("info", *shards) == 0
+    printed = capsys.readouterr().out
+    for prefix in shards:
+        assert f"{prefix}\ndocuments        11\ntokens           3,014 (uint16, 6,028 bytes)\n" in printed
+        assert f"fingerprint      {BinidxReader(prefix).fingerprint()[:16]}" in printed
+    assert "document length  4 to 301 tokens, mean 274.0" in printed
+    assert "magic_prime      2 for ctx_len 512" in printed
+
+
+def test_check_command_on_a_good_shard(shards, capsys):
+    assert run("check", shards[0]) == 0
+    printed = capsys.readouterr().out
+    assert "end in token 0   90.9% of the documents; RWKV's models expect it after each" in printed
+    assert "document 10      'The last document.'" in printed
+    assert printed.endswith("no fault found\n")
+
+
+def test_check_command_names_the_damage_and_looks_at_the_other_shards(shards, capsys):
+    bin_path = shard_files(shards[0])[0]
+    good = bin_path.read_bytes()
+    bin_path.write_bytes(good[:999])
+    assert run("check", *shards) == 1
+    printed = capsys.readouterr()
+    assert (
+        "one.bin: must have 6028 bytes" in printed.err
+        and "cut off at byte 999, in document 1 of 11" in printed.err
+    )
+    assert "copy both files again, or rebuild them with `rwkv-ext data build`" in printed.err
+    assert f"{shards[1]}\n" in printed.out
+    assert run("info", shards[0], shards[0].with_name("none")) == 1
+    printed = capsys.readouterr()
+    assert "cut off at byte 999" in printed.err and "none.bin: no such file" in printed.err
+    bin_path.write_bytes(good[:2000] + struct.pack("<H", 65533) + good[2002:])
+    assert run("check", shards[0]) == 1
+    assert (
+        "one.bin: the token at byte 2000 must be an id of the vocabulary, got 65533"
+        in capsys.readouterr().err
+    )
+
+
+def test_empty_shard_is_described(tmp_path, capsys):
+    BinidxWriter(tmp_path / "empty").close()
+    assert run("check", tmp_path / "empty") == 0
+    assert "documents        0\ntokens           0 (uint16, 0 bytes)" in capsys.readouterr().out
