@@ -6,6 +6,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -76,6 +77,25 @@ class TinyRun:
             self.command(*arguments, ranks=ranks, script=script), cwd=self.folder, env=environment,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
+
+    def start_ranks(self, script: Path = PRETRAIN) -> list[subprocess.Popen]:
+        """Start two ranks without torchrun: nobody ends one because the other failed."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        processes = []
+        for rank in range(2):
+            environment = os.environ | {
+                "PYTHONPATH": str(ROOT), "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            }  # fmt: skip
+            processes.append(
+                subprocess.Popen(
+                    self.command(script=script), cwd=self.folder, env=environment,
+                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                )
+            )  # fmt: skip
+        return processes
 
     def losses(self) -> list[float]:
         """Return the loss of every step."""

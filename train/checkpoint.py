@@ -185,8 +185,9 @@ def _tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, torch.
     """Name every tensor of the checkpoint: weights by their .pth name, moments by name and kind."""
     tensors = {f"model.{name}": tensor.detach() for name, tensor in model.named_parameters()}
     for name, parameter in model.named_parameters():
-        for kind, tensor in optimizer.state.get(parameter, {}).items():
-            tensors[f"optim.{name}.{kind}"] = tensor
+        if parameter.requires_grad:
+            assert parameter in optimizer.state, f"no moments for {name}"
+            tensors |= {f"optim.{name}.{kind}": tensor for kind, tensor in optimizer.state[parameter].items()}
     return tensors
 
 

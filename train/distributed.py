@@ -108,6 +108,13 @@ def shard_model(model: nn.Module, table: TrainTable, ranks: Ranks) -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
+def reshard(model: nn.Module) -> None:
+    """Put an FSDP2 model's parameters back into pieces: a forward pass without a backward leaves the root's whole."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+
+
 def sum_gradients(model: nn.Module, ranks: Ranks) -> None:
     """Add the gradients of a replicated model over the ranks, in buckets whose layout never changes.
 

@@ -14,7 +14,7 @@ from train.checkpoint import CheckpointStore, Progress
 from train.config import Config
 from train.data import Batch, HeldOut, TrainingData
 from train.display import Display, Reading
-from train.distributed import Ranks, sum_gradients
+from train.distributed import Ranks, reshard, sum_gradients
 from train.interrupt import Interrupt
 from train.metrics import MetricsLog
 from train.optim import set_learning_rate
@@ -131,6 +131,7 @@ def evaluate(
             tokens += batch.targets.numel()
             if token_bytes is not None:
                 size += float(token_bytes[batch.targets.cpu().numpy()].sum(dtype=np.int64))
+    reshard(model)
     nats, tokens, size = ranks.sum([nats, tokens, size])
     return nats / tokens, nats / math.log(2) / size if size else None
 

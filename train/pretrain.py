@@ -58,6 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             text = error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else error
             print(f"{'' if rank == 0 else f'[rank {rank}] '}error: {text}", file=sys.stderr, flush=True)
         return 1
+    except RuntimeError as error:
+        if args.traceback or ranks is None or ranks.size == 1 or "onnection" not in str(error):
+            raise
+        print(f"[rank {ranks.rank}] error: another rank ended; its message says why", file=sys.stderr, flush=True)
+        return 1
     except KeyboardInterrupt:
         return 130
     return 0
