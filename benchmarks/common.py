@@ -1,0 +1,88 @@
+"""What every benchmark shares: timing with spread, a header that names the machine and the build, Markdown output."""
+
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Timing(NamedTuple):
+    median: float  # seconds
+    best: float
+    worst: float
+
+    def __str__(self):
+        return f"{1e3 * self.median:.1f} ({1e3 * self.best:.1f} .. {1e3 * self.worst:.1f})"
+
+
+def measure(functions: dict[str, Callable[[], object]], repeats: int = 7) -> dict[str, Timing]:
+    """Time every function once per round, after one round of warm-up.
+
+    Taking turns means that a load from outside falls on all of them: their ratios hold where single times do not.
+    """
+    seconds = {name: [] for name in functions}
+    for round_ in range(repeats + 1):
+        for name, function in functions.items():
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if round_:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: Timing(statistics.median(s), min(s), max(s)) for name, s in seconds.items()}
+
+
+def header() -> str:
+    """Return the lines every report starts with: date, machine, versions, commit, threads, load, command."""
+    commit = _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
+    if _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"):
+        commit += " with local changes"
+    lines = [
+        f"- date: {time.strftime('%Y-%m-%d')}",
+        f"- device: {device()}",
+        f"- torch {torch.__version__}, CUDA {torch.version.cuda}, Python {platform.python_version()}",
+        f"- commit: {commit}",
+        f"- threads: {torch.get_num_threads()}, load average before the run: {_load():.1f}",
+        f"- command: `python {' '.join(sys.argv)}`",
+    ]
+    return "\n".join(lines)
+
+
+def device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
+    family = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("cpu family")), "?")
+    return f"{cpu} (family {family}), {torch.get_num_threads()} threads"
+
+
+def table(columns: list[str], rows: list[list]) -> str:
+    """Return a Markdown table; floats get two decimals."""
+    cells = [[f"{x:.2f}" if isinstance(x, float) else str(x) for x in row] for row in rows]
+    lines = [columns, ["---"] * len(columns), *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def _load() -> float:
+    path = Path("/proc/loadavg")
+    return float(path.read_text().split()[0]) if path.exists() else float("nan")
+
+
+def _output(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() or ("unknown" if done.returncode else "")
