@@ -15,6 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
+
+from train.config import Config
+from train.data import HeldOut
+from train.distributed import Ranks
 
 ALPHAS = (0.01, 0.03, 0.1, 0.3, 1.0)
 KAPPAS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)
@@ -44,9 +49,10 @@ class NgramBaseline:
         """Choose alpha and kappa on the end of `tokens` [n >= 10], then count all of it."""
         cut = len(tokens) - max(1, int(DEVELOPMENT_SHARE * len(tokens)))
         trial = cls.count(tokens[:cut], vocab_size, ALPHAS[0], KAPPAS[0])
-        development = tokens[cut - 1 :]
-        alpha = min(ALPHAS, key=lambda value: trial.smoothed(value, 1.0).unigram_nats(development).mean())
-        kappa = min(KAPPAS, key=lambda value: trial.smoothed(alpha, value).bigram_nats(development).mean())
+        before, after = tokens[cut - 1 : -1], tokens[cut:]
+        alpha = min(ALPHAS, key=lambda value: replace(trial, alpha=value).unigram_nats(after).mean())
+        trial = replace(trial, alpha=alpha)
+        kappa = min(KAPPAS, key=lambda value: replace(trial, kappa=value).bigram_nats(before, after).mean())
         return cls.count(tokens, vocab_size, alpha, kappa)
 
     @classmethod
@@ -59,26 +65,33 @@ class NgramBaseline:
         followers = np.bincount(pairs // vocab_size, minlength=vocab_size)
         return cls(vocab_size, alpha, kappa, unigrams, contexts, followers, pairs, pair_counts)
 
-    def smoothed(self, alpha: float, kappa: float) -> "NgramBaseline":
-        """Return the same counts with other constants."""
-        return replace(self, alpha=alpha, kappa=kappa)
-
     def unigram_nats(self, tokens: np.ndarray) -> np.ndarray:
-        """Return -ln p(t) of tokens[1:], fp64 [n - 1]: what predicting each token from the one before it costs."""
-        return -np.log(self._unigram(np.asarray(tokens, dtype=np.int64)[1:]))
+        """Return -ln p(t) of every token, fp64 in the shape of tokens."""
+        return -np.log(self._unigram(tokens))
 
-    def bigram_nats(self, tokens: np.ndarray) -> np.ndarray:
-        """Return -ln p(t|s) of tokens[1:], s being the token before, fp64 [n - 1]."""
-        tokens = np.asarray(tokens, dtype=np.int64)
-        before, after = tokens[:-1], tokens[1:]
-        wanted = before * self.vocab_size + after
+    def bigram_nats(self, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+        """Return -ln p(t|s) of every token t of `after` behind the s at its place in `before`, fp64 in their shape."""
+        wanted = before.astype(np.int64) * self.vocab_size + after
         at = np.searchsorted(self.pairs, wanted).clip(max=len(self.pairs) - 1)
         joint = np.where(self.pairs[at] == wanted, self.pair_counts[at], 0)
         weight = np.where(self.contexts[before] > 0, self.kappa * self.followers[before], 1.0)
         return -np.log((joint + weight * self._unigram(after)) / (self.contexts[before] + weight))
 
+    def nats_per_token(self, before: np.ndarray, after: np.ndarray) -> dict[str, float]:
+        """Return the mean loss of both on the same tokens, {"unigram": .., "bigram": ..}."""
+        losses = {"unigram": self.unigram_nats(after), "bigram": self.bigram_nats(before, after)}
+        return {name: float(nats.mean()) for name, nats in losses.items()}
+
     def _unigram(self, tokens: np.ndarray) -> np.ndarray:
         return (self.unigrams[tokens] + self.alpha) / (self.unigrams.sum() + self.alpha * self.vocab_size)
+
+
+def held_out_tokens(config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """Return (the token before, the token) of everything a run of config measures in a validation, int64 [n] each."""
+    batches = [batch for batch, _ in HeldOut(config, Ranks(torch.device("cpu"))).batches()]
+    return tuple(torch.cat([part.flatten() for part in parts]).numpy() for parts in zip(
+        *((batch.tokens, batch.targets) for batch in batches), strict=True
+    ))  # fmt: skip
 
 
 def xz_bytes(train: Iterable[bytes], held_out: Iterable[bytes]) -> tuple[int, int]:

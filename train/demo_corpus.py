@@ -212,8 +212,9 @@ def _select(corpus: Corpus, documents: Iterator[Document]) -> Iterator[Document]
 
 
 def _runs_of_lines(data: bytes) -> set[int]:
+    """Return a hash of every three lines that follow each other (blank ones aside), of all where there are fewer."""
     lines = [line for line in map(bytes.strip, data.splitlines()) if line]
-    return {hash(run) for run in zip(lines, lines[1:] + [b""], lines[2:] + [b"", b""], strict=False)}
+    return {hash(tuple(lines[i : i + 3])) for i in range(max(1, len(lines) - 2))}
 
 
 def _whole_lines(data: bytes, limit: int) -> bytes:

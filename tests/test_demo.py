@@ -1,0 +1,210 @@
+"""The demo's corpus, baselines and report; the training it starts is tested in test_train.py."""
+
+import json
+import lzma
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rwkv_ext.data.binidx import BinidxReader
+from train import demo, demo_corpus
+from train.demo_baselines import ALPHAS, KAPPAS, NgramBaseline, held_out_tokens, xz_bytes
+from train.demo_corpus import collect, data_lines, table_share, write_jsonl
+
+
+def write_folder(folder: Path, count: int = 60, seed: int = 0) -> Path:
+    """Write `count` different text files of about 3,000 bytes."""
+    rng = np.random.default_rng(seed)
+    words = [f"word{i}" for i in range(300)]
+    for i in range(count):
+        lines = [" ".join(rng.choice(words, 8)) for _ in range(60)]
+        path = folder / f"part{i % 3}" / f"text{i}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines) + "\n")
+    return folder
+
+
+# corpus
+
+
+def test_whole_files_are_held_out_and_stay_so(tmp_path):
+    folder = write_folder(tmp_path / "text")
+    corpus = collect(folder)
+    train, held_out = ({d.name for d in part} for part in (corpus.train, corpus.held_out))
+    assert not train & held_out and len(train | held_out) == 60
+    size = sum(len(d.data) for d in corpus.held_out) / sum(len(d.data) for d in corpus.train + corpus.held_out)
+    assert 0.04 < size < 0.09
+    for document in corpus.train + corpus.held_out:
+        assert document.data == (folder / document.name).read_bytes()
+    assert collect(folder) == corpus
+
+
+def test_what_is_left_out(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path / "text")
+    text = (folder / "part0" / "text0.txt").read_text()
+    (folder / "copy.txt").write_text(text)
+    (folder / "near.txt").write_text(text.replace("word1 ", "word2 ", 3))
+    (folder / "short.txt").write_text("short")
+    (folder / "latin1.txt").write_bytes("\xe9\xe8 ".encode("latin-1") * 200)
+    (folder / "zero.txt").write_bytes(b"text \0" * 200)
+    (folder / ".hidden.txt").write_text("hidden " * 100)
+    (folder / "table.py").write_text("TABLE = [\n" + "    1, 2, 3,\n" * 1000 + "]\n")
+    corpus = collect(folder)
+    names = {d.name for d in corpus.train + corpus.held_out}
+    left_out = {reason: sorted(name for name, _ in items) for reason, items in corpus.left_out.items()}
+    assert left_out.pop("shorter than 200 bytes") == ["short.txt"]
+    assert left_out.pop("not UTF-8 text") == ["latin1.txt", "zero.txt"]
+    assert left_out.pop("40% or more of the lines are literal data") == ["table.py"]
+    repeats = left_out.pop("repeats of other documents")
+    assert len(repeats) == 2 and set(repeats) < {"copy.txt", "near.txt", "part0/text0.txt"}
+    assert not left_out and len(names) == 60 and ".hidden.txt" not in names
+    assert "repeats of other documents (2: " in "\n".join(corpus.lines())
+
+    monkeypatch.setattr(demo_corpus, "MAX_TOTAL", 150_000)
+    corpus = collect(folder)
+    assert 120_000 < sum(len(d.data) for d in corpus.train + corpus.held_out) <= 150_000
+    assert "more than 0 MiB of text" in corpus.left_out
+
+
+def test_lines_of_jsonl_are_documents(tmp_path):
+    path = tmp_path / "text.jsonl"
+    rng = np.random.default_rng(1)
+    texts = [" ".join(f"{x:x}" for x in rng.integers(0, 1 << 30, 400)) + "\n\u00e9" for _ in range(50)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    corpus = collect(path)
+    found = {d.name: d.data.decode() for d in corpus.train + corpus.held_out}
+    assert found == {f"text.jsonl#{i}": text for i, text in enumerate(texts, start=1)}
+    assert 1 <= len(corpus.held_out) <= 4
+
+
+def test_one_large_file_gives_its_end(tmp_path):
+    path = tmp_path / "novel.txt"
+    path.write_text("".join(f"line {i} is not like the others\n" for i in range(5000)))
+    corpus = collect(path)
+    assert len(corpus.train) == len(corpus.held_out) == 1
+    assert corpus.train[0].data + corpus.held_out[0].data == path.read_bytes()
+    assert corpus.train[0].data.endswith(b"\n")
+    assert 0.04 < len(corpus.held_out[0].data) / path.stat().st_size < 0.06
+
+
+def test_standard_library_without_tests_and_tables(tmp_path, monkeypatch):
+    library = tmp_path / "lib"
+    module = "".join(f"def function_{i}(x):\n    return x + {i}\n" for i in range(100))
+    for i in range(40):
+        path = library / f"module{i}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(module.replace("function", f"function{i}"))
+    (library / "large.py").write_text("".join(f"def large_{i}(): return {i}\n" for i in range(6000)))
+    for name in ("test/a.py", "json/tests/b.py", "site-packages/c.py", "notes.txt"):
+        (library / name).parent.mkdir(parents=True, exist_ok=True)
+        (library / name).write_text(module.replace("function", name[0]))
+    monkeypatch.setattr(demo_corpus, "standard_library", lambda: library)
+    corpus = collect()
+    names = {d.name for d in corpus.train + corpus.held_out}
+    assert names == {f"module{i}.py" for i in range(40)} | {"large.py"}
+    large = next(d for d in corpus.train + corpus.held_out if d.name == "large.py")
+    assert 95 << 10 < len(large.data) <= 96 << 10 and large.data.endswith(b"\n")
+    assert "what is above 96 KiB of a document" in corpus.left_out
+
+
+@pytest.mark.parametrize(
+    ("source", "lines"),
+    [
+        ("x = [\n1,\n2,\n3,\n]\n", 5),
+        ("x = [\n1,\n2,\n]\n", 0),  # below TABLE_LINES
+        ("x = {\n'a': (1, -2),\n'b': (3, 4),\n'c': [],\n}\n", 5),
+        ("x = [\n1,\ny,\n3,\n4,\n]\n", 0),  # a name in it: code
+        ("x = f(\n1,\n[\n2,\n3,\n4,\n],\n)\n", 5),
+        ("x = ('a'\n'b'\n'c'\n'd'\n'e')\n", 5),
+        ('def f():\n    """Docs.\n\n\n\n\n    """\n', 0),
+        ('x = """\n\n\n\n"""\n', 5),
+    ],
+    ids=["list", "short", "dict", "names", "argument", "joined", "docstring", "string"],
+)
+def test_data_lines(source, lines):
+    assert data_lines(source) == lines
+
+
+def test_table_share_of_what_does_not_parse():
+    assert table_share("print 'Python 2'\n") == 0.0
+    assert table_share("x = [\n1,\n2,\n3,\n]") == 1.0
+
+
+def test_errors_of_the_text(tmp_path):
+    with pytest.raises(FileNotFoundError, match="DATA must be a file or a folder, got .*nowhere"):
+        collect(tmp_path / "nowhere")
+    (tmp_path / "small.txt").write_text("small text\n" * 100)
+    with pytest.raises(ValueError, match="DATA must leave at least 100,000 bytes of text.*got 1,045 from.*give a larger"):
+        collect(tmp_path / "small.txt")
+
+
+# baselines
+
+
+def brute_force(train, alpha, kappa, vocab):
+    def unigram(t):
+        return (train.count(t) + alpha) / (len(train) + alpha * vocab)
+
+    pairs = list(zip(train, train[1:]))
+
+    def bigram(s, t):
+        context = sum(a == s for a, _ in pairs)
+        if not context:
+            return unigram(t)
+        weight = kappa * len({b for a, b in pairs if a == s})
+        return (pairs.count((s, t)) + weight * unigram(t)) / (context + weight)
+
+    return unigram, bigram
+
+
+def test_ngrams_equal_brute_force_and_sum_to_one():
+    vocab = 7
+    train = np.random.default_rng(0).integers(0, 5, 60).tolist() + [6]  # 5 is never seen, 6 never has a follower
+    unigram, bigram = brute_force(train, 0.3, 1.5, vocab)
+    model = NgramBaseline.count(np.array(train, dtype=np.uint16), vocab, 0.3, 1.5)
+    before, after = (x.ravel() for x in np.meshgrid(np.arange(vocab), np.arange(vocab), indexing="ij"))
+    expected = [-math.log(bigram(int(s), int(t))) for s, t in zip(before, after)]
+    np.testing.assert_allclose(model.bigram_nats(before, after), expected, rtol=1e-12)
+    np.testing.assert_allclose(model.unigram_nats(after), [-math.log(unigram(int(t))) for t in after], rtol=1e-12)
+    np.testing.assert_allclose(np.exp(-model.unigram_nats(np.arange(vocab))).sum(), 1)
+    np.testing.assert_allclose(np.exp(-model.bigram_nats(before, after)).reshape(vocab, vocab).sum(1), 1)
+    means = model.nats_per_token(before, after)
+    assert means["bigram"] == pytest.approx(np.mean(expected))
+
+
+def test_smoothing_is_chosen_on_the_end_of_the_training_tokens():
+    vocab, rng = 50, np.random.default_rng(2)
+    tokens = rng.zipf(1.5, 1000).clip(max=vocab - 1)
+    model = NgramBaseline.fit(tokens, vocab)
+    trials = {}
+    for alpha in ALPHAS:
+        unigram, _ = brute_force(tokens[:900].tolist(), alpha, 1.0, vocab)
+        trials[alpha] = -sum(math.log(unigram(t)) for t in tokens[900:].tolist())
+    assert model.alpha == min(trials, key=trials.get)
+    losses = {}
+    for kappa in KAPPAS:
+        counted = NgramBaseline.count(tokens[:900], vocab, model.alpha, kappa)
+        losses[kappa] = counted.bigram_nats(tokens[899:-1], tokens[900:]).sum()
+    assert model.kappa == min(losses, key=losses.get)
+    assert model.unigrams.sum() == 1000 and model.contexts.sum() == 999
+
+
+def test_full_vocabulary_does_not_overflow():
+    tokens = np.array([65535, 65534, 65535, 65534, 65535], dtype=np.uint16)
+    model = NgramBaseline.count(tokens, 65536, 0.1, 1.0)
+    nats = model.bigram_nats(tokens[:-1], tokens[1:])
+    p = (3 + 0.1) / (5 + 0.1 * 65536)
+    assert nats[0] == pytest.approx(-math.log((2 + p * 2 / 3 * 1.0) / 3), abs=0.2)
+    assert model.bigram_nats(tokens[:1], tokens[:1])[0] > 5
+
+
+def test_xz_knows_the_training_text():
+    rng = np.random.default_rng(3)
+    text = rng.integers(97, 123, 20000).astype(np.uint8).tobytes()
+    alone, added = xz_bytes([text[:15000], text[15000:]], [text[5000:10000]])
+    assert alone == len(lzma.compress(text[5000:10000], preset=9 | lzma.PRESET_EXTREME))
+    assert added < 0.1 * alone
