@@ -47,7 +47,7 @@ inline const char* dtype_text(ScalarType dtype) {
 
 inline std::string device_text(const Tensor& x) {
   if (x.is_cpu()) return "cpu";
-  return (x.is_cuda() ? "cuda:" : "device ") + std::to_string(x.get_device_index());
+  return x.is_cuda() ? "cuda:" + std::to_string(x.get_device_index()) : "another device";
 }
 
 // The checks of one op. `like` is r: the tensor that the others must agree with.
