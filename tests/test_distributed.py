@@ -47,6 +47,7 @@ def test_distributed_two_ranks_equal_one(sharding, one_rank, tmp_path, capsys):
     assert all(process.returncode == 0 for process in processes), output
     assert "micro-batch 2 x 2 ranks x 2 passes" in output
     np.testing.assert_allclose(run.losses(), one_rank.losses(), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(run.grad_norms(), one_rank.grad_norms(), rtol=1e-5)
     np.testing.assert_allclose(run.validations(), one_rank.validations(), rtol=0, atol=1e-6)
     one, two = one_rank.weights(), run.weights()
     assert one.keys() == two.keys()

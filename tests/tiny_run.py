@@ -97,9 +97,17 @@ class TinyRun:
             )  # fmt: skip
         return processes
 
+    def steps(self) -> list[dict]:
+        """Return the log's record of every step."""
+        return [record for record in read_log(self.output / "log.jsonl") if "loss" in record]
+
     def losses(self) -> list[float]:
         """Return the loss of every step."""
-        return [record["loss"] for record in read_log(self.output / "log.jsonl") if "loss" in record]
+        return [record["loss"] for record in self.steps()]
+
+    def grad_norms(self) -> list[float]:
+        """Return every step's gradient norm; AdamW and clipping hide a wrong scale of the gradient from the losses."""
+        return [record["grad_norm"] for record in self.steps()]
 
     def validations(self) -> list[float]:
         """Return the validation losses."""
@@ -133,6 +141,7 @@ def record_golden(name: str) -> None:
             "torch": torch.__version__,
             "config": config,
             "losses": run.losses(),
+            "grad_norms": run.grad_norms(),
             "validation_losses": run.validations(),
         }
     path = ROOT / "tests" / "golden" / f"train_{name}.json"
