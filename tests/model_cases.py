@@ -1,5 +1,6 @@
-"""Small models with every tensor away from zero, shared by the model tests."""
+"""Small models with every tensor away from zero, and one thread to run them, shared by the model tests."""
 
+import pytest
 import torch
 
 from rwkv_ext.models import RWKV, RWKVConfig
@@ -14,6 +15,15 @@ SMALL = {
     "eagle": RWKVConfig(version="5.2", vocab_size=41, n_layer=2, n_embd=64, head_size=16),
     "finch": RWKVConfig(version="6.0", vocab_size=41, n_layer=2, n_embd=64, head_size=16, mix_rank=8, decay_rank=16),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors this small take twice the time on two threads, and more where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def random_model(config: RWKVConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> RWKV:

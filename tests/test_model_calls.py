@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from model_cases import SMALL, random_model, random_tokens
+from model_cases import SMALL, one_thread, random_model, random_tokens  # noqa: F401
 
 from rwkv_ext.losses import linear_cross_entropy
 from rwkv_ext.models import RWKV, RWKVState, time_mix

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from model_cases import SMALL, random_model
+from model_cases import SMALL, one_thread, random_model  # noqa: F401
 
 from rwkv_ext.models import RWKV, RWKVConfig
 

@@ -4,7 +4,7 @@ import plain_model
 import pytest
 import torch
 import torch.nn.functional as F
-from model_cases import SMALL, random_model, random_tokens
+from model_cases import SMALL, one_thread, random_model, random_tokens  # noqa: F401
 
 from rwkv_ext.models import RWKVState
 from rwkv_ext.models.time_mix import HeadNorm

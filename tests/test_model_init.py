@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from model_cases import SMALL
+from model_cases import SMALL, one_thread  # noqa: F401
 
 from rwkv_ext.models import RWKV
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from file_limits import largest_file
-from model_cases import SMALL, random_model, random_tokens
+from model_cases import SMALL, one_thread, random_model, random_tokens  # noqa: F401
 from safetensors.torch import save_file
 
 from rwkv_ext.models import RWKVState

@@ -1,10 +1,11 @@
 """fp32 logits and states equal those of the PyPI package `rwkv`, the reference implementation of the .pth files."""
 
 import os
+from unittest import mock
 
 import pytest
 import torch
-from model_cases import CASES, random_model, random_tokens
+from model_cases import CASES, one_thread, random_model, random_tokens  # noqa: F401
 
 from rwkv_ext.models import RWKV
 
@@ -31,7 +32,9 @@ def models(request, package, tmp_path_factory):
                 block.att.time_state.copy_(torch.randn(block.att.time_state.shape, generator=generator))
     path = tmp_path_factory.mktemp("parity") / "model.pth"
     model.save_pretrained(path, torch.float32)
-    return RWKV.from_pretrained(path), package(str(path), "cpu fp32", verbose=False)
+    # The package collects garbage after every tensor, which takes seconds once a test session has a large heap.
+    with mock.patch("gc.collect"):
+        return RWKV.from_pretrained(path), package(str(path), "cpu fp32", verbose=False)
 
 
 @pytest.fixture(scope="module")
