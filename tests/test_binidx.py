@@ -1,5 +1,6 @@
 """Shards: the format byte for byte, a message for every damage, writers that leave nothing half-written."""
 
+import os
 import resource
 import signal
 import struct
@@ -285,6 +286,19 @@ def test_swallowed_failure_does_not_pass_for_a_shard(tmp_path):
             with full_disk(1000), suppress(OSError):
                 writer.add_document(np.zeros(2_000_000, dtype=np.uint16))
     assert files_of(tmp_path) == {}
+
+
+def test_an_older_index_never_stands_beside_newer_tokens(tmp_path, shard, monkeypatch):
+    states, replace = [], os.replace
+
+    def watch(*paths):
+        states.append(set(files_of(tmp_path)) & {"shard.bin", "shard.idx"})
+        replace(*paths)
+        states.append(set(files_of(tmp_path)) & {"shard.bin", "shard.idx"})
+
+    monkeypatch.setattr(os, "replace", watch)
+    write(shard, [[1, 0]], overwrite=True)
+    assert states == [{"shard.bin"}] * 3 + [{"shard.bin", "shard.idx"}]
 
 
 def test_overwriting_takes_an_explicit_wish(tmp_path, shard):

@@ -391,7 +391,7 @@ def test_missing_vocabulary(tmp_path):
         WorldTokenizer(tmp_path / "nowhere.txt")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=40))
 def test_any_vocabulary_line_gives_a_message_or_a_token(tmp_path_factory, line):
     path = tmp_path_factory.getbasetemp() / "fuzzed.txt"
