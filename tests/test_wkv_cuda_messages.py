@@ -1,0 +1,75 @@
+"""What the CUDA half says where it cannot run: reached with CPU tensors through the CUDA dispatch key.
+
+Only beside a CPU build of torch: elsewhere the step op would go on to launch its kernel.
+"""
+
+import re
+
+import pytest
+import torch
+
+from rwkv_ext import _load
+from rwkv_ext.testing import make_inputs
+
+pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build of torch: tested on the device")
+CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+VERSIONS = ["5.2", "6.0"]
+
+
+def call(version, kind, *arguments):
+    return getattr(torch.ops.rwkv_ext, f"wkv{version[0]}_{kind}").default.redispatch(CUDA, *arguments)
+
+
+def step_arguments(version, size, **changes):
+    inputs = make_inputs(version, 2, 1, 2, size)
+    token = [x[:, 0] if x.dim() == 4 else x for x in inputs[:4]]
+    arguments = dict(zip("r k v w u state slots".split(), [*token, inputs.u, inputs.state, None], strict=True))
+    return list((arguments | changes).values())
+
+
+def missing_kernel(op):
+    if _load.build_info()["cuda_version"]:
+        reason = "rwkv_ext has no CUDA kernel for this op yet (wkv5_step and wkv6_step have one)"
+        remedy = "move the tensors to the CPU, or use rwkv_ext.reference"
+    else:
+        reason = "rwkv_ext was built without CUDA"
+        remedy = "rebuild with RWKV_EXT_CUDA=1 pip install --no-build-isolation -e ."
+    return f"^{re.escape(f'{op}: r is on cpu, but {reason}; {remedy}')}$"
+
+
+@pytest.mark.parametrize("kind", ["forward", "backward"])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_wkv_cuda_messages_missing_kernels(version, kind):
+    inputs = make_inputs(version, 1, 3, 2, 32)
+    arguments = (*inputs, True)
+    op = f"wkv{version[0]}"
+    if kind == "backward":
+        y, state, *saved = getattr(torch.ops.rwkv_ext, f"{op}_forward")(*arguments)
+        arguments, op = (y, state, *inputs, *saved), f"{op}_backward"
+    with pytest.raises(RuntimeError, match=missing_kernel(op)):
+        call(version, kind, *arguments)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_wkv_cuda_messages_step(version):
+    op = f"wkv{version[0]}_step"
+    if not _load.has_cuda_kernels(op):
+        with pytest.raises(RuntimeError, match=missing_kernel(op)):
+            call(version, "step", *step_arguments(version, 32))
+        return
+    for size in (1, 31, 48, 65, 256):
+        text = f"{op}: head size must be 32, 64 or 128 on CUDA, got {size}; run it on the CPU"
+        with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+            call(version, "step", *step_arguments(version, size))
+    # the same checks as on the CPU: they are the same code
+    for changes, text in (
+        (dict(k=torch.zeros(2, 2, 33)), "k must have the shape of r [2, 2, 32], got [2, 2, 33]"),
+        (dict(slots=torch.zeros(2).int()), "slots must be int64, got int32"),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(f'{op}: {text}')}$"):
+            call(version, "step", *step_arguments(version, 32, **changes))
+    # past every check, this torch has no stream to launch on: a null weak symbol is a sentence and no crash
+    text = f"{op}: this torch has no CUDA streams; install a CUDA build of torch"
+    for size in (32, 64, 128):
+        with pytest.raises(RuntimeError, match=f"^{re.escape(text)}$"):
+            call(version, "step", *step_arguments(version, size))
