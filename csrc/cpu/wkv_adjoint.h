@@ -90,6 +90,8 @@ class BackwardSequence {
   void run() {
     const int64_t square = size_ * size_, at = (at_.index * p_.shape.heads + head_) * square;
     load_row(u_, p_.u, 0, 0, head_, size_);
+    for (const TokenRows<T>& row : rows_)
+      if (p_.shape.constant_decay && at_.tokens) load_decay(row, 0);
     if (p_.dstate_out) transpose(adjoint_, stride_, static_cast<const T*>(p_.dstate_out) + at, size_, size_);
     for (int64_t chunk = chunks_of(at_.tokens) - 1; chunk >= 0; --chunk) reverse_chunk(chunk);
     if (p_.dstate) transpose(static_cast<T*>(p_.dstate) + at, size_, adjoint_, stride_, size_);
@@ -153,6 +155,10 @@ class BackwardSequence {
   void load_state_rows(const TokenRows<T>& row, int64_t token) {  // what next_state() reads
     load_row(row.k, p_.k, at_.row, at_.first_token + token, head_, size_);
     load_row(row.v, p_.v, at_.row, at_.first_token + token, head_, size_);
+    if (!p_.shape.constant_decay) load_decay(row, token);
+  }
+
+  void load_decay(const TokenRows<T>& row, int64_t token) {
     load_row(row.w, p_.w, at_.row, at_.first_token + token, head_, size_);
     decay_row(row.w, row.rate, row.decay, stride_);
   }
