@@ -209,7 +209,7 @@ def test_train_dry_run(tmp_path, capsys):
     assert not run.output.exists()
 
 
-def test_train_user_errors(tmp_path, capsys):
+def test_train_user_errors(tmp_path, capsys, monkeypatch):
     run = TinyRun(tmp_path)
 
     def message(*overrides):
@@ -227,6 +227,9 @@ def test_train_user_errors(tmp_path, capsys):
         "data.ctx_len=2000"
     )
     assert "dim_att must be a multiple of head_size" in message("model.head_size=24")
+    with monkeypatch.context() as patch:
+        patch.setattr("rwkv_ext._load.error", "not built; run `make build`")
+        assert "error: not built; run `make build`" in message()
     with pytest.raises(ValueError, match="did you mean optim.lr"):
         run.run("--traceback", "--set", "train.lr=1")
     if not torch.cuda.is_available():

@@ -1,7 +1,6 @@
 """What the machine can do: device, cores, matrix-product speed, number format, peak for the MFU, memory estimate."""
 
 import os
-import statistics
 import time
 
 import torch
@@ -51,7 +50,7 @@ def cuda_problem(local_rank: int) -> str | None:
 
 
 def gemm_flops(dtype: torch.dtype, device: torch.device, tokens: int, width: int, seconds: float = 0.3) -> float:
-    """Measure the FLOP/s of [tokens, width] x [width, 4 width] with the threads that are set (median of short runs)."""
+    """Measure the FLOP/s of [tokens, width] x [width, 4 width] with the threads that are set: the best short run."""
     tokens, width = min(max(64, tokens), 2048), min(width, 2048)  # large enough to be at the limit, and short
     a = torch.ones(tokens, width, dtype=dtype, device=device)
     b = torch.ones(width, 4 * width, dtype=dtype, device=device)
@@ -61,7 +60,7 @@ def gemm_flops(dtype: torch.dtype, device: torch.device, tokens: int, width: int
         start = time.perf_counter()
         (a @ b)[-1, -1].item()  # waits for a GPU
         times.append(time.perf_counter() - start)
-    return work / statistics.median(times)
+    return work / min(times)
 
 
 def choose_dtype(wanted: str, device: torch.device, tokens: int, width: int) -> str:

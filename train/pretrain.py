@@ -20,6 +20,7 @@ import torch
 if __package__ in (None, ""):  # started as a script: make `train` importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from rwkv_ext import _load
 from rwkv_ext.models import RWKV, RWKVConfig
 from rwkv_ext.tokenizer import WorldTokenizer
 from train.checkpoint import CheckpointStore, Progress, check_identity
@@ -44,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")
     args = parser.parse_args(argv)
     started = monotonic()
+    if _load.error:
+        print(f"error: {_load.error}", file=sys.stderr)
+        return 1
     try:
         ranks = None
         config = load_config(args.config, args.set)
