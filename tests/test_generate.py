@@ -1,0 +1,361 @@
+"""Generation: exact stop strings and streaming with a model that follows a script, state and seeds with a real one."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_cases import random_model
+
+from rwkv_ext.cli import main
+from rwkv_ext.generate import StopStrings, generate
+from rwkv_ext.models import RWKVConfig, RWKVState
+from rwkv_ext.tokenizer import WorldTokenizer
+
+TOKENIZER = WorldTokenizer()
+VOCAB = 65536
+END = 0
+CONFIG = RWKVConfig(version="6.0", vocab_size=VOCAB, n_layer=2, n_embd=32, head_size=16, mix_rank=8, decay_rank=8)
+
+
+def bytewise(text: str) -> list[int]:
+    """One token per byte: ids 1 to 256 are the bytes."""
+    return [1 + byte for byte in text.encode()]
+
+
+class ScriptModel:
+    """Says script[i] after the i-th token that follows the prompt, whatever the tokens are; then END for ever.
+
+    The position is kept in the state, and `seen` lists the tokens in the order they went in.
+    """
+
+    def __init__(self, script: list[int], prompt_tokens: int = 1, others: tuple[int, ...] = ()):
+        self.script, self.start, self.others = script, prompt_tokens, others
+        self.seen: list[int] = []
+        self.head = torch.nn.Linear(1, VOCAB, bias=False)
+        self.head.forward = self._logits
+
+    def _logits(self, hidden):
+        position = int(hidden.item()) - self.start
+        logits = torch.zeros(VOCAB)
+        logits[list(self.others)] = 60.0
+        logits[self.script[position] if position < len(self.script) else END] = 50.0
+        return logits
+
+    def hidden(self, tokens, state):
+        self.seen += tokens[0].tolist()
+        before = 0.0 if state is None else state.wkv.item()
+        count = before + 1 + torch.arange(tokens.shape[1], dtype=torch.float32)
+        wkv = count[-1].reshape(1, 1, 1, 1, 1).clone()
+        return count[None, :, None], RWKVState(torch.zeros(1, 1, 1), wkv, torch.zeros(1, 1, 1))
+
+    def step(self, tokens, state):
+        self.seen += tokens.tolist()
+        state.wkv.add_(1)
+        return self._logits(state.wkv)[None]
+
+
+def run(script, **options):
+    generation = generate(ScriptModel(script), TOKENIZER, temperature=0, **options)
+    pieces = list(generation)
+    return pieces, generation
+
+
+def test_script_is_written_and_token_zero_ends_it():
+    script = TOKENIZER.encode("def main():\n    return 1\n")
+    pieces, generation = run(script)
+    assert pieces == [TOKENIZER.decode([token]) for token in script]
+    assert generation.tokens == script
+    assert generation.finish_reason == "stop_token" and generation.prompt_tokens == 1
+
+
+@pytest.mark.parametrize("count, text", [(0, ""), (1, "a"), (3, "abc")])
+def test_max_tokens(count, text):
+    pieces, generation = run(bytewise("abcdef"), max_tokens=count)
+    assert "".join(pieces) == text and generation.finish_reason == "length"
+
+
+def test_other_stop_tokens_end_the_text_and_zero_then_does_not():
+    script = [*bytewise("ab"), 0, *bytewise("c"), 300, *bytewise("d")]
+    pieces, generation = run(script, stop_tokens=[300])
+    assert "".join(pieces) == "abc" and generation.finish_reason == "stop_token"
+    assert generation.tokens == script[:4]
+
+
+@pytest.mark.parametrize(
+    "text, stop, expected",
+    [
+        ("one\n\ntwo", "\n\n", "one"),
+        ("one\ntwo", "\n\n", "one\ntwo"),
+        ("User: hi", ("User:", "Bot:"), ""),
+        ("aab", "ab", "a"),
+        ("ababac", "abac", "ab"),
+        ("xabcx", ("abcd", "b"), "xa"),
+        ("xabc", ("bc", "abc"), "x"),
+        ("caf\u00e9 \U0001f600!", "\U0001f600", "caf\u00e9 "),
+        ("ab", ("abc",), "ab"),
+        ("", "x", ""),
+    ],
+)
+def test_stop_strings_across_tokens(text, stop, expected):
+    found = expected != text
+    for script in (bytewise(text), TOKENIZER.encode(text)):
+        pieces, generation = run(script, stop=stop)
+        assert "".join(pieces) == expected
+        assert "" not in pieces
+        assert generation.finish_reason == ("stop" if found else "stop_token")
+
+
+def test_only_what_may_begin_a_stop_string_is_held_back():
+    pieces, _ = run(bytewise("ab\nc\n\nd"), stop="\n\n")
+    assert pieces == ["a", "b", "\nc"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.text("abc", max_size=30),
+    st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3),
+    st.lists(st.integers(1, 5), min_size=30, max_size=30),
+)
+def test_stop_strings_do_not_depend_on_where_pieces_begin(text, stops, sizes):
+    # The definition: read character by character, end as soon as the text ends with a stop string, the longest of them.
+    expected, found = text, None
+    for end in range(1, len(text) + 1):
+        hits = [stop for stop in stops if text[:end].endswith(stop)]
+        if hits:
+            found = max(hits, key=len)
+            expected = text[: end - len(found)]
+            break
+    strings, got, rest = StopStrings(tuple(stops)), "", text
+    for size in sizes:
+        if strings.found is None and rest:
+            got += strings.push(rest[:size])
+            rest = rest[size:]
+    assert (got + strings.flush(), strings.found) == (expected, found)
+
+
+def test_characters_are_never_cut():
+    text = "\u00e9\U0001f600\u4e2d x"
+    pieces, _ = run(bytewise(text))
+    assert pieces == list(text)
+
+
+def test_incomplete_character_at_the_end_becomes_one_replacement_character():
+    pieces, _ = run(bytewise("a\U0001f600")[:-1])
+    assert "".join(pieces) == "a\ufffd"
+    pieces, _ = run([*bytewise("a"), 1 + 0xE4, *bytewise("b")], stop="b")
+    assert "".join(pieces) == "a\ufffd"
+
+
+def test_a_stop_string_in_the_last_flushed_text_counts():
+    pieces, generation = run([*bytewise("a"), 1 + 0xE4], stop="\ufffd")
+    assert "".join(pieces) == "a" and generation.finish_reason == "stop"
+
+
+def test_ids_without_text_are_never_sampled():
+    model = ScriptModel(bytewise("ab"), others=(65530, 65535))
+    assert "".join(generate(model, TOKENIZER, temperature=0)) == "ab"
+    model = ScriptModel(bytewise("ab"), others=(65535,))
+    generation = generate(model, TOKENIZER, temperature=0, stop_tokens=[65535])
+    assert list(generation) == [] and generation.finish_reason == "stop_token"
+
+
+def test_penalties_count_only_sampled_tokens():
+    class Flat(ScriptModel):
+        def _logits(self, hidden):
+            logits = torch.full((VOCAB,), -100.0)
+            logits[bytewise("abc")] = torch.tensor([3.0, 2.0, 1.0])
+            return logits
+
+    def text(**options):
+        return "".join(generate(Flat([]), TOKENIZER, "aaa", temperature=0, max_tokens=6, **options))
+
+    assert text() == "aaaaaa"
+    assert text(presence_penalty=1.5) == "abaaaa"
+    assert text(frequency_penalty=0.75) == "aababc"  # 3; 2.25; b 2 > 1.5; 1.5; b 1.25 > 0.75; c 1
+
+
+def test_prompt_is_read_in_chunks_and_sampled_tokens_follow_once():
+    prompt = [7] * 2500
+    model = ScriptModel(bytewise("abc"), prompt_tokens=2500)
+    generation = generate(model, TOKENIZER, prompt, temperature=0, max_tokens=3)
+    assert "".join(generation) == "abc" and generation.prompt_tokens == 2500
+    assert model.seen == prompt + bytewise("ab")
+    assert generation.state.wkv.item() == 2503
+    assert generation.state.wkv.item() == 2503  # the last token goes in once
+    assert model.seen == prompt + bytewise("abc")
+
+
+def test_reading_the_state_on_the_way_changes_nothing():
+    model = ScriptModel(bytewise("abc"))
+    generation = generate(model, TOKENIZER, temperature=0)
+    text, positions = "", []
+    for piece in generation:
+        text += piece
+        positions.append(generation.state.wkv.item())
+    assert text == "abc" and positions == [2, 3, 4]
+    assert model.seen == [0, *bytewise("abc")]
+
+
+def test_nothing_is_computed_before_the_first_piece_is_asked_for():
+    model = ScriptModel(bytewise("abc"))
+    generation = generate(model, TOKENIZER, "x")
+    assert model.seen == [] and generation.state is None and generation.finish_reason is None
+
+
+@pytest.fixture(autouse=True)
+def one_thread(torch_settings):
+    torch.set_num_threads(1)  # the steps are too small to share; conftest.py restores the number
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(CONFIG)
+
+
+def text_of(model, prompt="def main(", **options):
+    return "".join(generate(model, TOKENIZER, prompt, max_tokens=20, **options))
+
+
+def test_seed_repeats_the_text(model):
+    assert text_of(model, seed=5) == text_of(model, seed=5)
+    assert text_of(model, seed=5) != text_of(model, seed=6)
+    assert text_of(model) != text_of(model)
+
+
+def test_generation_equals_the_parallel_form(model):
+    prompt = TOKENIZER.encode("def main(")
+    generation = generate(model, TOKENIZER, prompt, max_tokens=12, temperature=0)
+    list(generation)
+    with torch.no_grad():
+        logits, state = model(torch.tensor([prompt + generation.tokens]))
+    logits[..., 65530:] = -torch.inf
+    assert logits[0, len(prompt) - 1 : -1].argmax(-1).tolist() == generation.tokens
+    for got, expected in zip(generation.state, state, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_going_on_from_a_state_equals_one_prompt_and_leaves_the_state_alone(model):
+    first = generate(model, TOKENIZER, "def ", max_tokens=0)
+    assert list(first) == []
+    state = first.state
+    before = state.clone()
+    texts = {text_of(model, "main(", seed=1, state=state) for _ in range(2)}
+    assert texts == {text_of(model, TOKENIZER.encode("def ") + TOKENIZER.encode("main("), seed=1)}
+    assert all(torch.equal(a, b) for a, b in zip(state, before, strict=True))
+
+
+def test_prompt_may_be_text_bytes_ids_or_nothing(model):
+    ids = TOKENIZER.encode("caf\u00e9")
+    texts = {text_of(model, prompt, seed=2) for prompt in ("caf\u00e9", "caf\u00e9".encode(), ids, torch.tensor(ids))}
+    assert len(texts) == 1
+    assert text_of(model, "", seed=2) == text_of(model, [0], seed=2)
+
+
+def test_grad_mode_of_the_caller_survives_between_pieces(model):
+    for _ in generate(model, TOKENIZER, "a", max_tokens=2):
+        assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"max_tokens": -1}, ValueError, "generate: max_tokens must be a whole number >= 0, got -1"),
+        ({"max_tokens": 1.5}, ValueError, "max_tokens must be a whole number >= 0, got 1.5"),
+        ({"seed": 2**64}, ValueError, "generate: seed must be from"),
+        ({"stop": ["a", ""]}, ValueError, "generate: stop must not hold an empty string"),
+        ({"stop": [0]}, TypeError, "generate: stop must be a string or strings, got 0; token ids go to stop_tokens"),
+        ({"stop_tokens": [-1]}, ValueError, "generate: stop_tokens must be token ids >= 0, got -1"),
+        ({"prompt": "", "state": RWKVState.zeros(CONFIG)}, ValueError, "prompt must not be empty when a state is"),
+        ({"state": RWKVState.zeros(CONFIG, 2)}, ValueError, "generate: state must be of 1 sequence, got 2"),
+        ({"temperature": -1}, ValueError, "sampling: temperature must be >= 0"),
+        ({"frequency_penalty": float("inf")}, ValueError, "sampling: frequency_penalty must be finite"),
+    ],
+)
+def test_errors_come_before_any_work(options, error, message):
+    with pytest.raises(error, match=message):
+        generate(ScriptModel([]), TOKENIZER, **({"prompt": "x"} | options))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("generate") / "model.pth"
+    model.save_pretrained(path)
+    return str(path)
+
+
+def test_command_prints_text_and_speed(checkpoint, model, capsys):
+    arguments = ["generate", checkpoint, "def main(", "--max-tokens", "5", "--seed", "3", "--dtype", "float32"]
+    assert main([*arguments, "--top-p", "1", "--threads", "1"]) == 0
+    out, err = capsys.readouterr()
+    model = type(model).from_pretrained(checkpoint, dtype=torch.float32)
+    expected = "".join(generate(model, TOKENIZER, "def main(", max_tokens=5, seed=3))
+    assert out == expected + ("" if expected.endswith("\n") else "\n")
+    assert "prompt: 3 tokens in" in err and "output: 5 tokens in" in err and "ended by length" in err
+
+
+def test_command_reads_stdin_byte_for_byte(checkpoint, monkeypatch, capsys):
+    outputs = []
+    for arguments, stdin in ((["-"], b"a b\n"), (["a b\n"], b"")):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        assert main(["generate", checkpoint, *arguments, "--max-tokens", "4", "--temperature", "0"]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+
+
+def test_command_stops_at_every_stop_text(checkpoint, capsys):
+    arguments = ["generate", checkpoint, "x", "--max-tokens", "8", "--temperature", "0"]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    for stop in (text[2], "\\n" if "\n" in text[:-1] else text[3]):
+        assert main([*arguments, "--stop", stop, "--stop", "never occurs"]) == 0
+        out, err = capsys.readouterr()
+        assert out == text[: text.index(stop.replace("\\n", "\n"))] + "\n" and "ended by stop" in err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["missing.pth"], "missing.pth does not exist"),
+        (["missing.pth", "--top-k", "-2"], "sampling: top_k must be a whole number >= 0, got -2"),
+        (["missing.pth", "--max-tokens", "-2"], "max_tokens must be a whole number >= 0, got -2"),
+        (["missing.pth", "--stop", ""], "stop must not hold an empty string"),
+        (["missing.pth", "--threads", "0"], "--threads must be at least 1, got 0"),
+        (["missing.pth", "--device", "abacus"], "--device must be a device of this machine, such as cpu, got 'abacus'"),
+    ],
+)
+def test_command_errors_are_one_sentence(arguments, message, capsys):
+    assert main(["generate", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("rwkv-ext generate: ") and message in err and err.count("\n") == 1
+
+
+def start_command(checkpoint, **options):
+    command = [sys.executable, "-m", "rwkv_ext.cli", "generate", checkpoint, "x", "--max-tokens", "1000000"]
+    pipe = subprocess.PIPE
+    return subprocess.Popen([*command, "--threads", "1"], stdout=pipe, stderr=pipe, **options)
+
+
+def test_interrupt_ends_with_a_new_line(checkpoint):
+    process = start_command(checkpoint)
+    process.stdout.read(1)  # text has begun
+    threading.Thread(target=lambda: (time.sleep(0.1), process.send_signal(signal.SIGINT))).start()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out.endswith(b"\n") and b"ended by Ctrl-C" in err and b"Traceback" not in err
+
+
+def test_closed_output_ends_quietly(checkpoint):
+    process = start_command(checkpoint, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    err = process.stderr.read()
+    assert b"ended by closed output" in err and b"Traceback" not in err and b"Exception" not in err
