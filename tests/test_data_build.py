@@ -198,7 +198,7 @@ def test_invalid_utf8_is_named_by_its_byte(tmp_path, world):
     assert {path.name for path in tmp_path.iterdir()} == {"latin1.txt", "lines.jsonl"}
 
 
-def test_invalid_utf8_may_be_replaced_or_skipped(tmp_path):
+def test_invalid_utf8_may_be_replaced_or_skipped_and_is_counted(tmp_path, world):
     text, lines = tmp_path / "a.txt", tmp_path / "b.jsonl"
     text.write_bytes(b"caf\xe9 \xf0\x9f!")
     lines.write_bytes(
@@ -207,15 +207,28 @@ def test_invalid_utf8_may_be_replaced_or_skipped(tmp_path):
 
     def read(path, policy):
         try:
-            return [document.data.decode() for document in read_documents(path, invalid_utf8=policy)]
+            documents = list(read_documents(path, invalid_utf8=policy))
+            return [document.data and document.data.decode() for document in documents]
         except ValueError as error:
             return str(error)
 
-    assert read(text, "replace") == ["caf\ufffd \ufffd!"] and read(text, "skip") == []
-    assert read(lines, "skip") == ["good"]
+    assert read(text, "replace") == ["caf\ufffd \ufffd!"] and read(text, "skip") == [None]
+    assert read(lines, "skip") == [None, None, "good", None]
     assert "line 4, byte offset 69: line must be a JSON object" in read(lines, "replace")
     lines.write_bytes(lines.read_bytes()[:-2])
     assert read(lines, "replace") == ["\ufffd", "x\ufffd\U0001f980\ufffd", "good"]
+
+    repaired = build([text, lines], tmp_path / "repaired", tokenizer=world, invalid_utf8="replace")
+    assert (repaired.documents, repaired.repaired, repaired.skipped) == (4, 3, 0)
+    assert "not UTF-8        3 documents, repaired with U+FFFD" in repaired.lines()
+    skipped = build([text, lines], tmp_path / "skipped", tokenizer=world, invalid_utf8="skip")
+    assert (skipped.documents, skipped.repaired, skipped.skipped) == (1, 0, 3)
+    assert "not UTF-8        3 documents, left out" in skipped.lines()
+    assert BinidxReader(tmp_path / "skipped").tokens.tolist() == [*world.encode("good"), 0]
+    with pytest.raises(
+        ValueError, match=r"the 1 input files must hold a document, got none \(1 were not UTF-8\)"
+    ):
+        build([text], tmp_path / "none", tokenizer=world, invalid_utf8="skip")
 
 
 def test_inputs_without_a_document(tmp_path, world):

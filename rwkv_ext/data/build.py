@@ -28,13 +28,17 @@ class Summary:
     tokens: int = 0  # with the end-of-document tokens
     end_of_documents: int = 0
     text_bytes: int = 0
+    skipped: int = 0  # documents left out because they were not UTF-8
+    repaired: int = 0  # documents with U+FFFD in the place of what was not UTF-8
 
     def lines(self) -> list[str]:
         """Return the summary as printed."""
         text_tokens = self.tokens - self.end_of_documents
         ratio = f"{self.text_bytes / text_tokens:.3f} bytes a token" if text_tokens else "no text"
+        faults = {"left out": self.skipped, "repaired with U+FFFD": self.repaired}
         return [
             f"documents        {self.documents:,}",
+            *(f"not UTF-8        {count:,} documents, {what}" for what, count in faults.items() if count),
             f"tokens           {self.tokens:,} ({self.end_of_documents:,} of them end a document)",
             f"text             {self.text_bytes:,} bytes, {ratio}",
             *prime_lines(self.tokens),
@@ -79,6 +83,10 @@ def build(
     with BinidxWriter(out, overwrite) as writer, _progress(sum(sizes), show_progress) as report:
         for path, size in zip(files, sizes, strict=True):
             for document in read_documents(path, text_key, invalid_utf8):
+                if document.data is None:
+                    summary.skipped += 1
+                    continue
+                summary.repaired += not document.valid
                 ids = tokenizer.encode_array(document.data)
                 if tokenizer.decode_bytes(ids) != document.data:
                     what = f"the document that ends at byte {document.end}"
@@ -90,7 +98,8 @@ def build(
         summary.documents, summary.tokens = writer.n_documents, writer.n_tokens
         summary.end_of_documents = writer.n_documents if eod else 0
         if not writer.n_documents:
-            raise ValueError(f"the {len(files)} input files must hold a document, got none")
+            skipped = f" ({summary.skipped} were not UTF-8)" if summary.skipped else ""
+            raise ValueError(f"the {len(files)} input files must hold a document, got none{skipped}")
     return summary
 
 

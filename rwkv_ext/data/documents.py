@@ -13,10 +13,11 @@ CHOICES = "choose --invalid-utf8=replace or --invalid-utf8=skip"
 
 @dataclass
 class Document:
-    """The UTF-8 bytes of one document; `end` is how far its file has been read, in bytes."""
+    """One document of a file."""
 
-    data: bytes
-    end: int
+    data: bytes | None  # UTF-8; None where it is left out because it was not
+    end: int  # how far the file has been read, in bytes
+    valid: bool = True  # False where U+FFFD was put in and where it is left out
 
 
 def find_files(inputs: Sequence[str | os.PathLike], include: Sequence[str] = ()) -> list[Path]:
@@ -63,7 +64,7 @@ def read_documents(path: Path, text_key: str = "text", invalid_utf8: str = "erro
 
     A .jsonl line is a JSON object with a string under `text_key`; empty lines are passed over. ValueError
     names the file, the line and the byte offset of anything else, and of bytes that are not UTF-8 where
-    invalid_utf8 is "error"; "replace" puts U+FFFD in their place, "skip" leaves the document out.
+    invalid_utf8 is "error"; "replace" puts U+FFFD in their place, "skip" gives a document without data.
     """
     if invalid_utf8 not in INVALID_UTF8:
         raise ValueError(f"invalid_utf8 must be one of {', '.join(INVALID_UTF8)}, got {invalid_utf8!r}")
@@ -72,9 +73,8 @@ def read_documents(path: Path, text_key: str = "text", invalid_utf8: str = "erro
             yield from _read_lines(file, path, text_key, invalid_utf8)
         else:
             data = file.read()
-            text = _decode(data, f"{path}: byte offset", 0, invalid_utf8)
-            if text is not None:
-                yield Document(text.encode(), len(data))
+            text, valid = _decode(data, f"{path}: byte offset", 0, invalid_utf8)
+            yield Document(None if text is None else text.encode(), len(data), valid)
 
 
 def _read_lines(file, path: Path, text_key: str, invalid_utf8: str) -> Iterator[Document]:
@@ -82,21 +82,23 @@ def _read_lines(file, path: Path, text_key: str, invalid_utf8: str) -> Iterator[
     for number, line in enumerate(file, start=1):
         where = f"{path}: line {number}, byte offset"
         body = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line  # a byte order mark is no JSON
-        text = _decode(body, where, offset + len(line) - len(body), invalid_utf8)
+        text, valid = _decode(body, where, offset + len(line) - len(body), invalid_utf8)
         if text is not None and text.strip():
             text = _read_json(text.rstrip(), f"{where} {offset}", text_key)
-            text = _check_surrogates(text, f"{where} {offset}", invalid_utf8)
-            if text is not None:
-                yield Document(text.encode(), offset + len(line))
+            text, paired = _join_surrogates(text, f"{where} {offset}", invalid_utf8)
+            yield Document(None if text is None else text.encode(), offset + len(line), valid and paired)
+        elif text is None:
+            yield Document(None, offset + len(line), False)
         offset += len(line)
 
 
-def _decode(data: bytes, where: str, offset: int, invalid_utf8: str) -> str | None:
+def _decode(data: bytes, where: str, offset: int, invalid_utf8: str) -> tuple[str | None, bool]:
+    """Return the text, None where it is to be skipped, and whether it was UTF-8."""
     try:
-        return data.decode(errors="replace" if invalid_utf8 == "replace" else "strict")
+        return data.decode(), True
     except UnicodeDecodeError as error:
-        if invalid_utf8 == "skip":
-            return None
+        if invalid_utf8 != "error":
+            return (data.decode(errors="replace") if invalid_utf8 == "replace" else None), False
         got = f"byte {data[error.start]:#04x} ({error.reason})"
         where = f"{where} {offset + error.start}"
         raise ValueError(f"{where}: text must be UTF-8, got {got}; convert the file, or {CHOICES}") from error
@@ -121,15 +123,15 @@ def _read_json(line: str, where: str, text_key: str) -> str:
     return text
 
 
-def _check_surrogates(text: str, where: str, invalid_utf8: str) -> str | None:
-    """JSON may escape one half of a surrogate pair, which no UTF-8 can hold."""
+def _join_surrogates(text: str, where: str, invalid_utf8: str) -> tuple[str | None, bool]:
+    """Do as `_decode` about the halves of surrogate pairs that JSON may escape and no UTF-8 can hold."""
     try:
         text.encode()
-        return text
+        return text, True
     except UnicodeEncodeError as error:
-        if invalid_utf8 == "skip":
-            return None
         if invalid_utf8 == "replace":
-            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), False
+        if invalid_utf8 == "skip":
+            return None, False
         got = f"the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}"
         raise ValueError(f"{where}: text must be Unicode, got {got}; mend the line, or {CHOICES}") from error
