@@ -1,9 +1,10 @@
 """Eagle (RWKV-5.2) and Finch (RWKV-6) of arXiv 2404.05892: WKV ops, models, tokenizer, generation.
 
-Data shards are in rwkv_ext.data, tools for testing kernels in rwkv_ext.testing.
+Data shards are in rwkv_ext.data; rwkv_ext.testing has tools for those who write or port kernels.
 """
 
-from . import reference
+from . import reference, testing
+from .generate import generate
 from .losses import linear_cross_entropy
 from .models import RWKV, RWKVConfig, RWKVState
 from .ops import wkv5, wkv5_step, wkv6, wkv6_step
@@ -16,8 +17,10 @@ __all__ = [
     "RWKVState",
     "WorldTokenizer",
     "__version__",
+    "generate",
     "linear_cross_entropy",
     "reference",
+    "testing",
     "wkv5",
     "wkv5_step",
     "wkv6",
