@@ -81,6 +81,15 @@ def test_a_users_mistake_is_one_sentence_and_exit_status_2(monkeypatch, capsys):
     assert capsys.readouterr().err == "rwkv-ext doctor: data: it must be so, got thus; do this\n"
 
 
+def test_ctrl_c_is_one_sentence_and_exit_status_130(monkeypatch, capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "run", interrupted)
+    assert cli.main(["doctor"]) == 130
+    assert capsys.readouterr().err == "rwkv-ext doctor: interrupted; nothing was left half-written\n"
+
+
 def test_an_unknown_command_names_the_known_ones(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["doktor"])
