@@ -196,11 +196,11 @@ def test_prompt_is_read_in_chunks_and_sampled_tokens_follow_once():
 def test_reading_the_state_on_the_way_changes_nothing():
     model = ScriptModel(bytewise("abc"))
     generation = generate(model, TOKENIZER, temperature=0)
-    text, positions = "", []
+    text, states = "", []
     for piece in generation:
         text += piece
-        positions.append(generation.state.wkv.item())
-    assert text == "abc" and positions == [2, 3, 4]
+        states.append(generation.state)
+    assert text == "abc" and [state.wkv.item() for state in states] == [2, 3, 4]  # copies: they stay what they were
     assert model.seen == [0, *bytewise("abc")]
 
 
