@@ -1,19 +1,20 @@
-"""The demo's corpus, baselines and report; the training it starts is tested in test_train.py."""
+"""The demo: corpus, baselines, report; the training in it is one layer wide here and is tested in test_train.py."""
 
 import json
 import lzma
 import math
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from rwkv_ext import RWKV, WorldTokenizer
 from rwkv_ext.data.binidx import BinidxReader
-from train import demo, demo_corpus
-from train.demo_baselines import ALPHAS, KAPPAS, NgramBaseline, held_out_tokens, xz_bytes
-from train.demo_corpus import collect, data_lines, table_share, write_jsonl
+from train import demo, demo_corpus, pretrain
+from train.demo_baselines import ALPHAS, KAPPAS, NgramBaseline, xz_bytes
+from train.demo_corpus import collect, data_lines, table_share
 
 
 def write_folder(folder: Path, count: int = 60, seed: int = 0) -> Path:
@@ -138,7 +139,7 @@ def test_errors_of_the_text(tmp_path):
     with pytest.raises(FileNotFoundError, match="DATA must be a file or a folder, got .*nowhere"):
         collect(tmp_path / "nowhere")
     (tmp_path / "small.txt").write_text("small text\n" * 100)
-    with pytest.raises(ValueError, match="DATA must leave at least 100,000 bytes of text.*got 1,045 from.*give a larger"):
+    with pytest.raises(ValueError, match="DATA must leave at least 100,000 bytes.*got 1,045 from.*give a larger"):
         collect(tmp_path / "small.txt")
 
 
@@ -208,3 +209,129 @@ def test_xz_knows_the_training_text():
     alone, added = xz_bytes([text[:15000], text[15000:]], [text[5000:10000]])
     assert alone == len(lzma.compress(text[5000:10000], preset=9 | lzma.PRESET_EXTREME))
     assert added < 0.1 * alone
+
+
+# the whole demo, with a model of one layer trained in this process
+
+TINY = """
+[model]
+n_layer = 1
+n_embd = 32
+head_size = 32
+[data]
+train = ["set"]
+ctx_len = 32
+validation_windows = 3
+[train]
+global_batch = 16
+micro_batch = 16
+threads = 1
+dtype = "fp32"
+[optim]
+lr = 1e-2
+lr_final = 1e-3
+[checkpoint]
+folder = "set"
+[log]
+tensorboard = false
+"""
+
+
+@pytest.fixture
+def tiny_demo(tmp_path, monkeypatch):
+    """Return a function that runs the demo on a small folder of text."""
+    config = tmp_path / "tiny.toml"
+    config.write_text(TINY)
+    text = write_folder(tmp_path / "text")
+
+    def train(command):
+        return pretrain.main(command[command.index(str(config)) :])
+
+    def run(*arguments):
+        return demo.main(["--out", str(tmp_path / "out"), "--data", str(text), "--minutes", "1", *arguments])
+
+    monkeypatch.setattr(demo, "CONFIG", config)
+    monkeypatch.setattr(demo, "PASSES", 0.05)
+    monkeypatch.setattr(demo, "train", train)
+    monkeypatch.setattr("train.demo_report.SAMPLE_TOKENS", 5)
+    return run
+
+
+def test_demo_reports_and_uses_what_is_there_again(tiny_demo, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    assert tiny_demo() == 0
+    assert (out / "report.md").read_text() in capsys.readouterr().out
+    report = (out / "report.md").read_text()
+    shards = {name: BinidxReader(out / "shards" / name) for name in ("train", "held_out")}
+    texts = [json.loads(line)["text"] for line in (out / "text" / "held_out.jsonl").read_text().splitlines()]
+    assert shards["held_out"].n_documents == len(texts)
+    assert f"{len(texts)} documents, {sum(len(text.encode()) for text in texts):,} bytes" in report
+    for path in ("finch/loss.png", "finch/final.pth", "finch/log.jsonl", "text", "report.md"):
+        assert (out / path).exists() and str(out / path) in report
+    assert report.count("```") == 6 and texts[0][:40].rstrip() in report
+
+    # Every number of the table, computed in another way.
+    rows = {}
+    for line in report.splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) == 3 and cells[2][:1].isdigit():
+            rows[cells[0]] = (float(cells[1]) if cells[1] else None, float(cells[2]))
+    tokens = np.asarray(shards["held_out"].tokens, dtype=np.int64)
+    tokens = tokens[: (len(tokens) - 1) // 32 * 32 + 1]
+    model = NgramBaseline.fit(shards["train"].tokens, 65536)
+    assert rows["unigram"][0] == pytest.approx(model.unigram_nats(tokens[1:]).mean(), abs=1e-3)
+    assert rows["bigram"][0] == pytest.approx(model.bigram_nats(tokens[:-1], tokens[1:]).mean(), abs=1e-3)
+    size = WorldTokenizer().byte_lengths[tokens[1:]].sum(dtype=np.int64)
+    finch = rows["Finch, 1 layers of 32"]
+    for nats, bits in (finch, rows["unigram"], rows["bigram"]):
+        assert bits == pytest.approx(nats * (len(tokens) - 1) / size / math.log(2), abs=2e-3)
+    with torch.no_grad():
+        finch_model = RWKV.from_pretrained(out / "finch" / "final.pth", dtype=torch.float32)
+        windows = torch.from_numpy(np.stack([tokens[i : i + 33] for i in range(0, len(tokens) - 1, 32)]))
+        logits, _ = finch_model(windows[:, :-1])
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+    assert finch[0] == pytest.approx(loss.item(), abs=1e-3)
+    alone = len(lzma.compress("".join(texts).encode(), preset=9 | lzma.PRESET_EXTREME))
+    assert rows["xz -9e, the held-out text alone"][1] == pytest.approx(8 * alone / sum(map(len, texts)), abs=1e-3)
+    assert rows["xz -9e, knowing the training text"][1] < rows["xz -9e, the held-out text alone"][1]
+
+    before = {path: path.stat().st_mtime_ns for path in out.glob("shards/*")}
+    monkeypatch.setattr(demo, "xz_bytes", None)  # would fail if the baselines were computed again
+    monkeypatch.setattr(demo, "train", lambda command: 3)
+    assert tiny_demo() == 3
+    assert {path: path.stat().st_mtime_ns for path in out.glob("shards/*")} == before
+    assert "used again" in capsys.readouterr().out
+
+
+def test_a_run_of_another_length_is_kept_beside(tiny_demo, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    plan = demo.plan_training(out, "text", 10, 8.5)
+    assert plan == 8.5
+    assert demo.plan_training(out, "text", 10, 3.0) == 8.5  # an interrupted run keeps its length
+    assert demo.plan_training(out, "text", 60, 58.0) == 58.0
+    assert json.loads((out / "finch-1" / "demo.json").read_text())["minutes"] == 10
+    assert demo.plan_training(out, "other text", 60, 57.0) == 57.0
+    assert (out / "finch-2" / "demo.json").is_file()
+    assert demo.plan_training(tmp_path / "slow", "text", 10, -3.0) == 2.5
+
+
+def test_damaged_shards_are_built_again(tiny_demo, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "train", lambda command: 3)
+    assert tiny_demo() == 3
+    assert "training stopped; run the same command again" in capsys.readouterr().err
+    shard = tmp_path / "out" / "shards" / "train.bin"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-10])
+    assert tiny_demo() == 3
+    assert shard.read_bytes() == whole
+
+
+def test_mistakes_end_in_a_sentence(tmp_path, capsys):
+    assert demo.main(["--out", str(tmp_path / "out"), "--minutes", "0.5"]) == 1
+    assert "error: demo: MINUTES must be at least 1, got 0.5" in capsys.readouterr().err
+    assert demo.main(["--out", str(tmp_path / "out"), "--data", str(tmp_path / "nowhere")]) == 1
+    assert "DATA must be a file or a folder, got" in capsys.readouterr().err
+
+
+def test_trainer_exit_status():
+    assert demo.train([sys.executable, "-c", "raise SystemExit(7)"]) == 7

@@ -69,7 +69,7 @@ def demo(out: Path, source: Path | None, minutes: float) -> int:
     settings = [
         f"data.train={json.dumps([str(out / 'shards' / 'train')])}",
         f"data.validation={json.dumps([str(out / 'shards' / 'held_out')])}",
-        f"train.tokens={PASSES * BinidxReader(out / 'shards' / 'train').n_tokens}",
+        f"train.tokens={int(PASSES * BinidxReader(out / 'shards' / 'train').n_tokens)}",
         f"checkpoint.folder={json.dumps(str(out / 'finch'))}",
     ]
     baselines = measure_baselines(out, corpus, text, settings)

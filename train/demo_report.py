@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from rwkv_ext import RWKV, WorldTokenizer, generate
+from rwkv_ext import RWKV, WorldTokenizer
+from rwkv_ext.generate import generate
 from train.config import Config
 from train.data import HeldOut
 from train.demo_corpus import Corpus
@@ -100,13 +101,13 @@ def report_lines(
         "# make demo",
         "",
         f"A Finch (RWKV-6) learnt {last['tokens']:,} tokens of {corpus.source} in {last['seconds'] / 60:.1f} minutes "
-        f"({speed:,.0f} tokens/s, {last['step']:,} steps); all of this took {minutes:.1f} minutes.",
+        f"({speed:,.0f} tokens/s, {last['step']:,} steps); `make demo` ran for {minutes:.1f} minutes.",
         f"Nobody trained on the held-out text: {len(corpus.held_out)} documents, {size:,} bytes.",
         "",
         *table(results),
         "",
-        f"The model is {gain:.2f} nats per token better than the bigram: it gives the next token "
-        f"{math.exp(gain):.1f} times the bigram's probability.",
+        f"The model is {abs(gain):.2f} nats per token {'better' if gain > 0 else 'worse'} than the bigram: "
+        f"it gives the next token {math.exp(gain):.1f} times the bigram's probability (geometric mean).",
         "",
         f"## What it writes (temperature {SAMPLING['temperature']}, top-p {SAMPLING['top_p']})",
     ]
@@ -138,7 +139,7 @@ def next_steps(out: Path, folder: Path, command: list[str]) -> list[tuple[str, s
     """Return (what, command) of what a user may do now; each works as it stands, from the folder the demo ran in."""
     program = Path(command[0]).with_name("rwkv-ext")
     return [
-        ("more text from this model", f"{program} generate {folder / 'final.pth'} --prompt 'class '"),
+        ("more text from this model", f"{program} generate {folder / 'final.pth'} 'class '"),
         ("train for an hour", "make demo MINUTES=60"),
         ("text of your own", "make demo DATA=path/to/folder"),
         ("look into the shards", f"{program} data check {out / 'shards' / 'train'}"),
