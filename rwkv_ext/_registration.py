@@ -76,7 +76,7 @@ def _autocast(op, device):
 
     def cast_and_call(r, k, v, w, u, *rest):
         # rest begins with the state; that of a step is updated in place and so never cast.
-        if r.dtype != torch.float64:
+        if r.is_floating_point() and r.dtype != torch.float64:
             r, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (r, k, v))
             w, u = w.float(), u.float()
             if rest[0] is not None and not op._schema.is_mutable:

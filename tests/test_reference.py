@@ -119,6 +119,10 @@ def test_assert_close_ratio_names_the_tensor():
         assert_close_ratio({"y": good["y"]}, good)
     with pytest.raises(ValueError, match=r"error_ratio: actual must have shape \[2\], got \[1\]"):
         assert_close_ratio({"y": torch.ones(1)}, {"y": torch.ones(2)})
+    tiny = {"y": torch.full((4,), 1e-60, dtype=torch.float64)}
+    assert_close_ratio({"y": torch.zeros(4)}, tiny, floor=0)  # underflow is no error in fp32, but is one in fp64
+    with pytest.raises(AssertionError, match="error ratio 1.00e"):
+        assert_close_ratio({"y": torch.zeros(4, dtype=torch.float64)}, tiny)
     loose = {"y": torch.tensor([1.0, 1, 1, 1.001])}
     assert_close_ratio({"y": torch.tensor([1.0, 1, 1, 1.0019])}, {"y": torch.ones(4)}, loose)
     with pytest.raises(AssertionError):

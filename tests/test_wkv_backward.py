@@ -168,6 +168,19 @@ def test_wkv_backward_twice_with_retain_graph():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("argument", range(6), ids="r k v w u state".split())
+def test_wkv_backward_notices_changed_inputs(argument):
+    """An input that is overwritten between forward and backward: autograd's error, never a wrong gradient."""
+    inputs = list(make_inputs("6.0", 1, 20, 2, 8)[:6])
+    leaf = inputs[0].clone().requires_grad_()
+    tensors = [leaf * 1, *inputs[1:]]
+    y, _ = ops.wkv6(*tensors)
+    with torch.no_grad():
+        tensors[argument].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 def test_wkv_backward_shared_input():
     """One tensor as r, k and v: autograd adds the three gradients."""
     x = torch.randn(1, 20, 2, 8, dtype=torch.float64, requires_grad=True)

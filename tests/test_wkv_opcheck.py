@@ -160,6 +160,12 @@ def test_wkv_autocast_step(version):
         STEPS[version](*token, inputs.u, state.bfloat16())
 
 
+def test_wkv_autocast_does_not_cast_integers():
+    inputs = make_inputs("6.0", 1, 9, 2, 4)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="r must be float32, .*, got int64"):
+        ops.wkv6(*inputs._replace(r=inputs.r.long()))
+
+
 def test_wkv_autocast_disabled_inside():
     inputs = make_inputs("6.0", 1, 9, 2, 4)
     with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
