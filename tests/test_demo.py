@@ -3,7 +3,7 @@
 import json
 import lzma
 import math
-import sys
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -244,8 +244,8 @@ def tiny_demo(tmp_path, monkeypatch):
     config.write_text(TINY)
     text = write_folder(tmp_path / "text")
 
-    def train(command):
-        return pretrain.main(command[command.index(str(config)) :])
+    def train(arguments):
+        return pretrain.main(arguments[arguments.index(str(config)) :])
 
     def run(*arguments):
         return demo.main(["--out", str(tmp_path / "out"), "--data", str(text), "--minutes", "1", *arguments])
@@ -297,7 +297,7 @@ def test_demo_reports_and_uses_what_is_there_again(tiny_demo, tmp_path, capsys, 
 
     before = {path: path.stat().st_mtime_ns for path in out.glob("shards/*")}
     monkeypatch.setattr(demo, "xz_bytes", None)  # would fail if the baselines were computed again
-    monkeypatch.setattr(demo, "train", lambda command: 3)
+    monkeypatch.setattr(demo, "train", lambda arguments: 3)
     assert tiny_demo() == 3
     assert {path: path.stat().st_mtime_ns for path in out.glob("shards/*")} == before
     assert "used again" in capsys.readouterr().out
@@ -316,7 +316,7 @@ def test_a_run_of_another_length_is_kept_beside(tiny_demo, tmp_path, monkeypatch
 
 
 def test_damaged_shards_are_built_again(tiny_demo, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "train", lambda command: 3)
+    monkeypatch.setattr(demo, "train", lambda arguments: 3)
     assert tiny_demo() == 3
     assert "training stopped; run the same command again" in capsys.readouterr().err
     shard = tmp_path / "out" / "shards" / "train.bin"
@@ -333,5 +333,17 @@ def test_mistakes_end_in_a_sentence(tmp_path, capsys):
     assert "DATA must be a file or a folder, got" in capsys.readouterr().err
 
 
-def test_trainer_exit_status():
-    assert demo.train([sys.executable, "-c", "raise SystemExit(7)"]) == 7
+def test_trainer_exit_status(tmp_path, capfd):
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nprint('told', *sys.argv[1:])\nraise SystemExit(int(sys.argv[1]))\n")
+    before = signal.getsignal(signal.SIGINT)
+    assert demo.train(["--standalone", "--nproc-per-node", "1", str(script), "7"]) == 7
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "told 7" in capfd.readouterr().out
+    # Ctrl-C: the script ends well after it, as the trainer does, and the status says that the demo was stopped.
+    script.write_text(
+        "import os, signal, time\nsignal.signal(signal.SIGINT, lambda *_: print('saved', flush=True) or os._exit(0))\n"
+        "os.kill(os.getppid(), signal.SIGINT)\ntime.sleep(30)\n"
+    )
+    assert demo.train(["--standalone", "--nproc-per-node", "1", str(script)]) == 130
+    assert "saved" in capfd.readouterr().out

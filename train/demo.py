@@ -11,11 +11,14 @@ import hashlib
 import json
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main as torchrun
 
 if __package__ in (None, ""):  # started as a script: make `train` importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,6 +33,7 @@ from train.demo_report import ALL_WINDOWS, judge, prompts, report_lines, write_s
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "train" / "configs" / "demo.toml"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]  # what `torchrun` is, and what is called here
 PASSES = 6  # over the training text at most: repeating it more often teaches little
 CLOSING_MINUTES = 1.0  # of the time for the last measurement and the samples, less in a short demo
 
@@ -79,11 +83,10 @@ def demo(out: Path, source: Path | None, minutes: float) -> int:
     heading("4. Training")
     remaining = minutes - (time.monotonic() - started) / 60 - min(CLOSING_MINUTES, minutes / 5)
     settings.append(f"train.minutes={plan_training(out, text, minutes, remaining):g}")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-    command += [str(ROOT / "train" / "pretrain.py"), str(CONFIG)]
+    arguments = ["--standalone", "--nproc-per-node", "1", str(ROOT / "train" / "pretrain.py"), str(CONFIG)]
     for setting in settings:
-        command += ["--set", setting]
-    status = train(command)
+        arguments += ["--set", setting]
+    status = train(arguments)
     if status or not (out / "finch" / "final.pth").is_file():
         print("training stopped; run the same command again to go on from its checkpoint", file=sys.stderr)
         return status or 130
@@ -91,7 +94,7 @@ def demo(out: Path, source: Path | None, minutes: float) -> int:
     heading("5. Result")
     model, results = judge(load_config(CONFIG, [*settings, ALL_WINDOWS]), out / "finch" / "final.pth", baselines)
     samples = write_samples(model, prompts(corpus, python=source is None))
-    lines = report_lines(out, corpus, results, samples, (time.monotonic() - started) / 60, command)
+    lines = report_lines(out, corpus, results, samples, (time.monotonic() - started) / 60, [*TORCHRUN, *arguments])
     atomic_write(out / "report.md", lambda file: file.write("\n".join(lines).encode() + b"\n"), "demo")
     print("\n".join(lines))
     return 0
@@ -185,19 +188,23 @@ def plan_training(out: Path, text: str, minutes: float, remaining: float) -> flo
     return training
 
 
-def train(command: list[str]) -> int:
-    """Run the trainer; return its exit status. Ctrl-C reaches it too: wait until it has saved its checkpoint."""
-    print(shlex.join(command), flush=True)
-    process = subprocess.Popen(command)
-    previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+def train(arguments: list[str]) -> int:
+    """Let torchrun start the trainer and wait for it; return an exit status.
+
+    Ctrl-C and SIGTERM reach the trainer, which saves a checkpoint before it ends.
+    """
+    print(shlex.join([*TORCHRUN, *arguments]), flush=True)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        while True:
-            try:
-                return process.wait()
-            except KeyboardInterrupt:
-                pass
+        torchrun(arguments)
+    except SignalException as error:
+        return 128 + error.sigval
+    except ChildFailedError as error:  # the trainer has said why
+        return next(iter(error.failures.values())).exitcode
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return 0
 
 
 def read_json(path: Path) -> dict | None:
