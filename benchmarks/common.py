@@ -23,22 +23,27 @@ class Timing(NamedTuple):
         return f"{1e3 * self.median:.1f} ({1e3 * self.best:.1f} .. {1e3 * self.worst:.1f})"
 
 
-def measure(functions: dict[str, Callable[[], object]], repeats: int = 7) -> dict[str, Timing]:
+def measure(functions: dict[str, Callable[[], object]], repeats: int = 7, cpu_time: bool = False) -> dict[str, Timing]:
     """Time every function once per round, after one round of warm-up.
 
     Taking turns means that a load from outside falls on all of them: their ratios hold where single times do not.
+    cpu_time counts the CPU time of this thread instead of the time passed, which holds on a busy machine, but makes
+    sense with one thread only.
     """
+    if cpu_time and torch.get_num_threads() > 1:
+        raise ValueError(f"measure: cpu_time needs one thread, got {torch.get_num_threads()}; use --threads 1")
+    clock = time.thread_time if cpu_time else time.perf_counter
     seconds = {name: [] for name in functions}
     for round_ in range(repeats + 1):
         for name, function in functions.items():
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            start = time.perf_counter()
+            start = clock()
             function()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if round_:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return {name: Timing(statistics.median(s), min(s), max(s)) for name, s in seconds.items()}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 _CHUNK_BYTES = 64 << 20  # of logits on the CPU: 256 tokens in fp32, 512 in bf16; bench_loss.py compares sizes
 _CHUNK_BYTES_GPU = 512 << 20
-_SOFTMAX_ROWS = 32  # 8 MB of fp32 logits at V = 65536: the few passes of the softmax stay in the cache
+_SOFTMAX_ROWS = 32  # of 16-bit logits, made fp32: 8 MB at V = 65536 stay in the cache
 _ADD_ROWS = 4096
 
 
@@ -80,6 +80,8 @@ def linear_cross_entropy(
         return total
     if normalizer is None:
         normalizer = (targets != ignore_index).sum().clamp(min=1)
+    elif isinstance(normalizer, Tensor):
+        normalizer = normalizer.to(total.dtype)  # an fp64 one would make the loss fp64
     return total / normalizer
 
 
@@ -164,12 +166,15 @@ def _sum_and_gradients(hidden, weight, targets, keep, l2wrap, chunk, need_hidden
     grad_hidden = torch.empty_like(hidden) if need_hidden else hidden.new_empty(0)
     grad_weight = hidden.new_empty(weight.shape if need_weight else 0, dtype=compute)
     logits = hidden.new_empty(min(chunk, n), vocab)
+    # A part of grad_weight in hidden's dtype, to be added to the fp32 sum.
+    part = torch.empty_like(weight) if need_weight and compute != hidden.dtype else None
+    tile = chunk if compute == hidden.dtype else _SOFTMAX_ROWS
     for start in range(0, n, chunk):
         end = min(start + chunk, n)
         x, z = hidden[start:end], logits[: end - start]
         torch.mm(x, weight.t(), out=z)
-        for i in range(start, end, _SOFTMAX_ROWS):
-            j = min(i + _SOFTMAX_ROWS, end)
+        for i in range(start, end, tile):
+            j = min(i + tile, end)
             kept = None if keep is None else keep[i:j, None]
             total += _softmax_gradient(
                 z[i - start : j - start], targets[i:j, None], kept, l2wrap, need_hidden or need_weight
@@ -177,7 +182,7 @@ def _sum_and_gradients(hidden, weight, targets, keep, l2wrap, chunk, need_hidden
         if need_hidden:
             torch.mm(z, weight, out=grad_hidden[start:end])
         if need_weight:
-            _add_product(grad_weight, z, x, first=start == 0)
+            _add_product(grad_weight, z, x, part, first=start == 0)
     if need_weight and n == 0:
         grad_weight.zero_()
     return total, grad_hidden, grad_weight
@@ -220,17 +225,17 @@ def _first_max(z: Tensor) -> tuple[Tensor, Tensor]:
     return largest, b * block + inside
 
 
-def _add_product(total: Tensor, z: Tensor, x: Tensor, first: bool):
-    """Add z^T x to total [V, D] in total's dtype, or store it there if first."""
-    if total.dtype == x.dtype:
+def _add_product(total: Tensor, z: Tensor, x: Tensor, part: Tensor | None, first: bool):
+    """Add z^T x to total [V, D], or store it there if first; part is room for the product in x's dtype."""
+    if part is None:
         torch.addmm(total, z.t(), x, beta=0 if first else 1, out=total)
         return
-    product = torch.mm(z.t(), x)
+    torch.mm(z.t(), x, out=part)
     if first:
-        total.copy_(product)
+        total.copy_(part)
         return
     for i in range(0, total.shape[0], _ADD_ROWS):  # in two steps and in the cache: the mixed add_ is 10 times slower
-        total[i : i + _ADD_ROWS] += product[i : i + _ADD_ROWS].to(total.dtype)
+        total[i : i + _ADD_ROWS] += part[i : i + _ADD_ROWS].to(total.dtype)
 
 
 @_linear_cross_entropy.register_fake
