@@ -48,7 +48,8 @@ def shift_tokens(h: Tensor, last: Tensor | None, packing: Packing | None) -> tup
     """
     if packing is None:
         padded = F.pad(h, (0, 0, 1, 0)) if last is None else torch.cat([last.to(h.dtype).unsqueeze(1), h], 1)
-        return padded[:, :-1], padded[:, -1]
+        # A copy: the view would keep all T tokens of every layer alive until the end of the forward pass.
+        return padded[:, :-1], padded[:, -1].clone()
     if last is None:
         last = h.new_zeros(packing.last_index.numel(), h.shape[-1])
     rows = torch.cat([last.to(h.dtype), h[0]])
