@@ -244,6 +244,12 @@ def test_messages_name_the_argument():
          lambda: model(ids, cu_seqlens=torch.tensor([0, 5]))),
         (ValueError, r"cu_seqlens must have shape \[nseq \+ 1\], got \[1\]",
          lambda: model(ids[:1], cu_seqlens=torch.tensor([5]))),
+        (ValueError, r"tokens must be on the model's device cpu, got meta; move them with .to\('cpu'\)",
+         lambda: model(ids.to("meta"))),
+        (ValueError, r"state.att_shift must be on the model's device cpu, got meta; move the state with state.to",
+         lambda: model.step(ids[:, 0], state.to("meta"))),
+        (ValueError, r"cu_seqlens must be on the tokens' device cpu, got meta; move it with .to\(tokens.device\)",
+         lambda: model(ids[:1], cu_seqlens=torch.tensor([0, 5], device="meta"))),
         (ValueError, r"targets must have .*leading.* \[2, 5\], got \[2, 4\]",
          lambda: model(ids, targets=ids[:, :4])),
     ]  # fmt: skip

@@ -195,6 +195,12 @@ class RWKV(nn.Module):
             raise TypeError(f"RWKV: tokens must be int64 or int32, got {tokens.dtype}; convert with tokens.long()")
         if tokens.dim() != dims:
             raise ValueError(f"RWKV: tokens must have shape {shape}, got {list(tokens.shape)}")
+        device = self.emb.weight.device
+        if tokens.device != device:
+            raise ValueError(
+                f"RWKV: tokens must be on the model's device {device}, got {tokens.device}; "
+                f"move them with .to({str(device)!r})"
+            )
         # Reading values stops a graph capture and waits for a GPU, where torch asserts by itself.
         if tokens.is_cpu and tokens.numel() and not torch.compiler.is_compiling():
             low, high = (int(x) for x in tokens.aminmax())
@@ -208,6 +214,11 @@ class RWKV(nn.Module):
     def _check_cu_seqlens(cu_seqlens: Tensor, tokens: Tensor) -> int:
         if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
             raise ValueError(f"RWKV: cu_seqlens must have shape [nseq + 1], got {list(cu_seqlens.shape)}")
+        if cu_seqlens.device != tokens.device:
+            raise ValueError(
+                f"RWKV: cu_seqlens must be on the tokens' device {tokens.device}, got {cu_seqlens.device}; "
+                "move it with .to(tokens.device)"
+            )
         if tokens.shape[0] != 1:
             raise ValueError(
                 f"RWKV: tokens must have B = 1 with cu_seqlens, got {list(tokens.shape)}; "
@@ -224,4 +235,9 @@ class RWKV(nn.Module):
                 raise ValueError(
                     f"RWKV: state.{name} must have shape {list(shape)}, got {list(x.shape)}; "
                     f"use model.initial_state({batch}), or RWKVState.fork for more sequences"
+                )
+            if x.device != self.emb.weight.device:
+                raise ValueError(
+                    f"RWKV: state.{name} must be on the model's device {self.emb.weight.device}, got {x.device}; "
+                    "move the state with state.to(device)"
                 )
