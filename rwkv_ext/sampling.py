@@ -28,7 +28,7 @@ def check_options(
         raise ValueError(f"sampling: temperature must be >= 0 and finite, got {temperature}; 0 takes the best token")
     if not top_p >= 0:
         raise ValueError(f"sampling: top_p must be >= 0, got {top_p}; 1 turns it off")
-    if top_k != int(top_k) or top_k < 0:
+    if not 0 <= top_k < math.inf or top_k != int(top_k):
         raise ValueError(f"sampling: top_k must be a whole number >= 0, got {top_k}; 0 turns it off")
     for name, penalty in (("presence_penalty", presence_penalty), ("frequency_penalty", frequency_penalty)):
         if not math.isfinite(penalty):
@@ -64,7 +64,8 @@ def probabilities(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0, 
         cutoff = logits.topk(int(top_k)).values[..., -1:]
     if top_p < 1:
         cutoff = cutoff.maximum(_nucleus_cutoff(logits, top_p))
-    # A tiny temperature may overflow to -inf, which is right: the largest logit stays 0.
+    # A tiny temperature may overflow to -inf, which is right: the largest logit stays 0. Rounded to 0 it would be nan.
+    temperature = max(temperature, torch.finfo(logits.dtype).tiny)
     return (logits.masked_fill(logits < cutoff, -math.inf) / temperature).softmax(-1)
 
 

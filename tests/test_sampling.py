@@ -79,9 +79,10 @@ def test_temperature_zero_takes_the_lowest_of_the_best():
     assert_distribution(probabilities(logits([0.2, 0.3, 0.3, 0.2]), temperature=0), [0, 1, 0, 0])
 
 
-@pytest.mark.parametrize("temperature", [1e-300, 1e-30])
-def test_tiny_temperature_is_greedy_without_nan(temperature):
-    assert_distribution(probabilities(logits(), temperature=temperature), [0, 1, 0, 0, 0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-46, 1e-30])
+def test_tiny_temperature_is_greedy_without_nan(temperature, dtype):
+    assert_distribution(probabilities(logits().to(dtype), temperature=temperature), [0, 1, 0, 0, 0])
 
 
 def test_banned_tokens_are_never_drawn():
@@ -153,6 +154,7 @@ def test_banning_everything_is_refused():
         ("top_p", math.nan, "top_p must be >= 0, got nan"),
         ("top_k", -1, "top_k must be a whole number >= 0, got -1; 0 turns it off"),
         ("top_k", 1.5, "top_k must be a whole number >= 0, got 1.5"),
+        ("top_k", math.inf, "top_k must be a whole number >= 0, got inf"),
         ("presence_penalty", math.inf, "presence_penalty must be finite, got inf; 0 turns it off"),
         ("frequency_penalty", math.nan, "frequency_penalty must be finite, got nan"),
     ],
