@@ -1,5 +1,6 @@
 """Text from a model, piece by piece as it is decided."""
 
+import operator
 import time
 from collections.abc import Iterable, Iterator
 
@@ -58,7 +59,7 @@ class Generation(Iterator[str]):
         counts = torch.zeros(self._logits.shape, device=self._logits.device)
         self.prefill_seconds = time.perf_counter() - start
         decoder, text = tokenizer.stream(), StopStrings(stop)
-        self.finish_reason = "length"
+        reason = "length"
         for _ in range(max_tokens):
             self._take_pending()
             logits = self._logits.masked_fill(banned, float("-inf"))
@@ -66,7 +67,7 @@ class Generation(Iterator[str]):
                 logits = sampling.penalize(logits, counts, *penalties)
             token = sampling.sample(logits, *options, generator=generator).item()
             if token in stop_tokens:
-                self.finish_reason = "stop_token"
+                reason = "stop_token"
                 break
             self._pending = token
             self.tokens.append(token)
@@ -77,8 +78,7 @@ class Generation(Iterator[str]):
             if text.found:
                 break
         piece = "" if text.found else text.push(decoder.flush()) + text.flush()
-        if text.found:
-            self.finish_reason = "stop"
+        self.finish_reason = "stop" if text.found else reason
         if piece:
             yield piece
 
@@ -157,7 +157,8 @@ def generate(
     state        a state for B = 1 to start from instead of an empty one; it is not changed
 
     Ids that are no text (65530 to 65535 in the World vocabulary) are never sampled. Pieces are never cut inside a
-    character. Raises ValueError or TypeError at once, before anything is computed.
+    character. Raises ValueError or TypeError at once, before anything is computed; a state of another model is
+    refused with the first piece.
 
     Example:
         for piece in rwkv_ext.generate(model, WorldTokenizer(), "def main(", seed=1, stop="\\n\\n"):
@@ -171,7 +172,7 @@ def generate(
         prompt = tokenizer.encode(prompt)
     elif isinstance(prompt, bytes):
         prompt = tokenizer.encode_bytes(prompt)
-    prompt = list(prompt)
+    prompt = _token_ids(prompt, model.head.weight.shape[0])
     if not prompt:
         if state is not None:
             raise ValueError(
@@ -191,10 +192,10 @@ def generate(
 
 def check_limits(max_tokens, seed, stop, stop_tokens) -> tuple[tuple[str, ...], frozenset[int]]:
     """Return stop and stop_tokens in one form, or raise for what generate() could not obey."""
-    if max_tokens != int(max_tokens) or max_tokens < 0:
-        raise ValueError(f"generate: max_tokens must be a whole number >= 0, got {max_tokens}")
-    if seed is not None and not -(2**63) <= seed < 2**64:
-        raise ValueError(f"generate: seed must be from -2**63 to 2**64 - 1, got {seed}")
+    if not _is_integer(max_tokens) or max_tokens < 0:
+        raise ValueError(f"generate: max_tokens must be a whole number >= 0, got {max_tokens!r}")
+    if seed is not None and not (_is_integer(seed) and -(2**63) <= seed < 2**64):
+        raise ValueError(f"generate: seed must be a whole number from -2**63 to 2**64 - 1, got {seed!r}")
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     for text in stop:
         if not isinstance(text, str):
@@ -203,9 +204,28 @@ def check_limits(max_tokens, seed, stop, stop_tokens) -> tuple[tuple[str, ...], 
             raise ValueError("generate: stop must not hold an empty string, which would end every text; leave it out")
     stop_tokens = frozenset(stop_tokens)
     for token in stop_tokens:
-        if token != int(token) or token < 0:
-            raise ValueError(f"generate: stop_tokens must be token ids >= 0, got {token}")
+        if not _is_integer(token) or token < 0:
+            raise ValueError(f"generate: stop_tokens must be token ids >= 0, got {token!r}")
     return stop, stop_tokens
+
+
+def _token_ids(prompt: Iterable[int], vocab_size: int) -> list[int]:
+    ids = list(prompt)
+    for i, token in enumerate(ids):
+        if not _is_integer(token) or not 0 <= token < vocab_size:
+            raise ValueError(
+                f"generate: prompt must hold token ids from 0 to {vocab_size - 1}, got {token!r} at index {i}; "
+                "check the tokenizer against the model's vocabulary"
+            )
+    return [operator.index(token) for token in ids]
+
+
+def _is_integer(value) -> bool:
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _undecodable(tokenizer, logits, stop_tokens) -> torch.Tensor:

@@ -82,6 +82,13 @@ def test_max_tokens(count, text):
     assert "".join(pieces) == text and generation.finish_reason == "length"
 
 
+def test_there_is_no_finish_reason_before_the_end():
+    generation = generate(ScriptModel(bytewise("ab")), TOKENIZER, temperature=0)
+    assert generation.finish_reason is None
+    assert next(generation) == "a" and generation.finish_reason is None
+    assert list(generation) == ["b"] and generation.finish_reason == "stop_token"
+
+
 def test_other_stop_tokens_end_the_text_and_zero_then_does_not():
     script = [*bytewise("ab"), 0, *bytewise("c"), 300, *bytewise("d")]
     pieces, generation = run(script, stop_tokens=[300])
@@ -268,11 +275,16 @@ def test_grad_mode_of_the_caller_survives_between_pieces(model):
     "options, error, message",
     [
         ({"max_tokens": -1}, ValueError, "generate: max_tokens must be a whole number >= 0, got -1"),
-        ({"max_tokens": 1.5}, ValueError, "max_tokens must be a whole number >= 0, got 1.5"),
-        ({"seed": 2**64}, ValueError, "generate: seed must be from"),
+        ({"max_tokens": 2.0}, ValueError, "max_tokens must be a whole number >= 0, got 2.0"),
+        ({"max_tokens": float("inf")}, ValueError, "max_tokens must be a whole number >= 0, got inf"),
+        ({"seed": 2**64}, ValueError, "generate: seed must be a whole number from -2"),
+        ({"seed": 1.5}, ValueError, "generate: seed must be a whole number .* got 1.5"),
+        ({"prompt": [5, VOCAB]}, ValueError, "prompt must hold token ids from 0 to 65535, got 65536 at index 1; check"),
+        ({"prompt": [0.5]}, ValueError, "prompt must hold token ids from 0 to 65535, got 0.5 at index 0"),
         ({"stop": ["a", ""]}, ValueError, "generate: stop must not hold an empty string"),
         ({"stop": [0]}, TypeError, "generate: stop must be a string or strings, got 0; token ids go to stop_tokens"),
         ({"stop_tokens": [-1]}, ValueError, "generate: stop_tokens must be token ids >= 0, got -1"),
+        ({"stop_tokens": [2.0]}, ValueError, "generate: stop_tokens must be token ids >= 0, got 2.0"),
         ({"prompt": "", "state": RWKVState.zeros(CONFIG)}, ValueError, "prompt must not be empty when a state is"),
         ({"state": RWKVState.zeros(CONFIG, 2)}, ValueError, "generate: state must be of 1 sequence, got 2"),
         ({"temperature": -1}, ValueError, "sampling: temperature must be >= 0"),
