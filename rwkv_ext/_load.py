@@ -1,24 +1,43 @@
-"""Loads the op library rwkv_ext._C, or keeps the sentence that says how to build it."""
+"""Loads the two compiled libraries, rwkv_ext._C (the ops) and rwkv_ext._native (the tokenizer), or keeps the sentence
+that says how to build what is missing: the rest of the package works without."""
+
+import importlib
 
 import torch
 
 _MISSING = (
-    "rwkv_ext: the op library rwkv_ext._C is not built or does not load ({reason}); build it with `make build` in a "
+    "rwkv_ext: the {library} is not built or does not load ({reason}); build it with `make build` in a "
     "checkout or `pip install --no-build-isolation -e .`, and see `rwkv-ext doctor`"
 )
 
-try:
-    from . import _C  # noqa: F401  (importing it registers the ops)
 
-    error = None
-except ImportError as reason:
-    error = _MISSING.format(reason=reason)
+class MissingLibraryError(RuntimeError):
+    """A compiled library is missing; the message says how to build it."""
+
+
+def _import(name: str, library: str) -> str | None:
+    try:
+        importlib.import_module(f"rwkv_ext.{name}")  # importing _C registers the ops
+    except ImportError as reason:
+        return _MISSING.format(library=library, reason=reason)
+    return None
+
+
+error = _import("_C", "op library rwkv_ext._C")
+native_error = _import("_native", "tokenizer library rwkv_ext._native")
 
 
 def require_ops() -> None:
-    """Raise RuntimeError with what to do when the op library is missing."""
+    """Raise MissingLibraryError with what to do when the op library is missing."""
     if error:
-        raise RuntimeError(error)
+        raise MissingLibraryError(error)
+
+
+def native():
+    """Return the module rwkv_ext._native, or raise MissingLibraryError with what to do."""
+    if native_error:
+        raise MissingLibraryError(native_error)
+    return importlib.import_module("rwkv_ext._native")
 
 
 def build_info() -> dict[str, str]:

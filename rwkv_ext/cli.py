@@ -4,6 +4,8 @@ import argparse
 import importlib
 import sys
 
+from ._load import MissingLibraryError
+
 SUBCOMMANDS = {
     "doctor": ("rwkv_ext.doctor", "what was built, what runs where, and what to do if something is missing"),
     "data": ("rwkv_ext.data.command", "build, describe and check token shards"),
@@ -24,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return importlib.import_module(SUBCOMMANDS[args.command][0]).run(args)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, MissingLibraryError) as error:
         print(f"rwkv-ext {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

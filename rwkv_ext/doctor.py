@@ -1,6 +1,5 @@
 """rwkv-ext doctor: what was built, for which processors and GPUs, and what to do if something is missing."""
 
-import importlib.util
 import platform
 import shutil
 import sys
@@ -22,7 +21,7 @@ def run(args) -> int:
     lines, problems = report()
     print("\n".join(lines))
     print("\n".join(f"problem: {problem}" for problem in problems) or "no problems found")
-    return 1 if _load.error or not _native_built() else 0
+    return 1 if _load.error or _load.native_error else 0
 
 
 def report() -> tuple[list[str], list[str]]:
@@ -31,13 +30,11 @@ def report() -> tuple[list[str], list[str]]:
         f"rwkv_ext {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
         f"torch {torch.__version__}, CUDA of this torch: {torch.version.cuda or 'none'}, {_devices()}",
         f"nvcc: {shutil.which('nvcc') or 'not found'}, compiler: {shutil.which('g++') or 'not found'}",
-        f"tokenizer library rwkv_ext._native: {'built' if _native_built() else 'not built'}",
+        f"tokenizer library rwkv_ext._native: {'not built' if _load.native_error else 'built'}",
     ]
-    problems = []
-    if not _native_built():
-        problems.append(f"rwkv_ext._native (tokenizer, shards) is not built for this Python; run {REBUILD}")
+    problems = [error for error in (_load.native_error, _load.error) if error]
     if _load.error:
-        return lines, [*problems, _load.error]
+        return lines, problems
     info = _load.build_info()
     lines.append(f"op library rwkv_ext._C: CPU kernels, running with {info['cpu_instruction_set']} instructions")
     if info["cuda_version"]:
@@ -47,10 +44,6 @@ def report() -> tuple[list[str], list[str]]:
     else:
         lines.append("CUDA kernels: none built")
     return lines, problems + _cuda_problems(info)
-
-
-def _native_built() -> bool:
-    return importlib.util.find_spec("rwkv_ext._native") is not None
 
 
 def _devices() -> str:

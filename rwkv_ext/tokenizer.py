@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rwkv_ext import _native
+from rwkv_ext._load import native
 from rwkv_ext.vocabulary import WORLD
 
 
@@ -27,9 +27,12 @@ class WorldTokenizer:
     vocab_size = 65536  # rows of the embedding and the head, not the number of tokens
 
     def __init__(self, vocabulary: str | os.PathLike | None = None):
-        """Read `vocabulary`; ValueError names the file and line of anything but `ID LITERAL LENGTH`."""
+        """Read `vocabulary`; ValueError names the file and line of anything but `ID LITERAL LENGTH`.
+
+        RuntimeError says how to build the tokenizer library where it is missing.
+        """
         self.vocabulary = Path(vocabulary or WORLD)
-        self._native = _native.Tokenizer(self.vocabulary.read_bytes(), str(self.vocabulary))
+        self._native = native().Tokenizer(self.vocabulary.read_bytes(), str(self.vocabulary))
         # uint8 [65536]: the bytes each id decodes to; 0 for id 0 and for ids without a token
         self.byte_lengths: np.ndarray = self._native.byte_lengths()
         self.byte_lengths.flags.writeable = False
@@ -68,10 +71,10 @@ class WorldTokenizer:
             raise ValueError(f"decode: errors must be 'strict', 'replace' or 'ignore', got {errors!r}")
         return self._native.decode_bytes(ids).decode("utf-8", errors)
 
-    def stream(self) -> "_native.Stream":
+    def stream(self):
         """Return a decoder for ids that arrive one at a time: push(id) -> str, flush() -> str.
 
         The pieces joined together equal decode(ids, "replace"). A piece never ends inside a character, and
         nothing that can be shown is held back.
         """
-        return _native.Stream(self._native)
+        return native().Stream(self._native)

@@ -1,9 +1,12 @@
 """rwkv-ext doctor and the rwkv-ext command: the report, the sentences that say what to do, exit codes."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from rwkv_ext import _load, cli, doctor
+from rwkv_ext import RWKV, RWKVConfig, _load, cli, doctor
 
 
 def test_doctor_reports_what_is_built(capsys):
@@ -16,13 +19,43 @@ def test_doctor_reports_what_is_built(capsys):
     assert (info["cuda_ops"] or "CUDA kernels: none built") in printed
 
 
-def test_doctor_says_how_to_build_a_missing_library(monkeypatch, capsys):
-    monkeypatch.setattr(_load, "error", _load._MISSING.format(reason="gone"))
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
-    assert cli.main(["doctor"]) == 1
-    printed = capsys.readouterr().out
-    assert "problem: rwkv_ext: the op library rwkv_ext._C is not built or does not load (gone)" in printed
-    assert "problem: rwkv_ext._native (tokenizer, shards) is not built for this Python; run pip install" in printed
+WITHOUT_LIBRARIES = """
+import sys
+
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name in sys.argv[1].split():
+            raise ImportError("hidden by the test")
+
+sys.meta_path.insert(0, Hide())
+from rwkv_ext import cli
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+def without(libraries, *arguments):
+    command = [sys.executable, "-c", WITHOUT_LIBRARIES, libraries, *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_doctor_says_how_to_build_missing_libraries():
+    result = without("rwkv_ext._C rwkv_ext._native", "doctor")
+    assert (result.returncode, result.stderr) == (1, "")
+    for library in ("op library rwkv_ext._C", "tokenizer library rwkv_ext._native"):
+        assert (
+            f"problem: rwkv_ext: the {library} is not built or does not load (hidden by the test); build it with "
+            "`make build` in a checkout or `pip install"
+        ) in result.stdout
+
+
+def test_commands_say_how_to_build_a_missing_library(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "model.pth"
+    RWKV(RWKVConfig(vocab_size=64, n_layer=1, n_embd=32, head_size=16)).save_pretrained(path)
+    for error in ("native_error", "error"):
+        monkeypatch.setattr(_load, error, "the library is not built; build it")
+        assert cli.main(["generate", str(path)]) == 2
+        assert capsys.readouterr().err == "rwkv-ext generate: the library is not built; build it\n"
+        monkeypatch.undo()
 
 
 @pytest.fixture
