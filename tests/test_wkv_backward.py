@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwkv_ext import ops, reference
 from rwkv_ext.testing import (
@@ -190,19 +191,30 @@ def test_wkv_backward_shared_input():
 
 
 def test_wkv_backward_saves_nothing_without_need():
-    """No graph, and no chunk states, under no_grad or when nothing requires a gradient."""
+    """Chunk states are made where a backward may follow, and neither under no_grad nor without leaves."""
+
+    class Saved(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, arguments=(), options=None):
+            result = op(*arguments, **(options or {}))
+            if op is torch.ops.rwkv_ext.wkv6_forward.default:
+                sizes.append(result[2].numel())
+            return result
+
     inputs = make_inputs("6.0", 1, 20, 2, 8)
-    assert ops.wkv6(*inputs)[0].grad_fn is None
-    inputs.r.requires_grad_()
-    with torch.no_grad():
-        assert not ops.wkv6(*inputs)[0].requires_grad
-    with torch.inference_mode():
-        assert ops.wkv6(*inputs)[0].is_inference()
+    sizes = []
+    with Saved():
+        assert ops.wkv6(*inputs)[0].grad_fn is None
+        inputs.r.requires_grad_()
+        assert ops.wkv6(*inputs)[0].requires_grad
+        with torch.no_grad():
+            assert not ops.wkv6(*inputs)[0].requires_grad
+        with torch.inference_mode():
+            assert ops.wkv6(*inputs)[0].is_inference()
+    assert sizes == [0, 2 * 8 * 8, 0, 0]
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
         ops.wkv6(*inputs)
-    assert torch.Size([1, 1, 2, 8, 8]) in kept  # the chunk states, and the inputs
-    assert len(kept) == 8
+    assert len(kept) == 8 and torch.Size([1, 1, 2, 8, 8]) in kept  # six inputs, chunk states, scores
 
 
 def test_wkv_backward_under_activation_checkpointing():
