@@ -50,6 +50,16 @@ def test_wkv_cuda_messages_missing_kernels(version, kind):
         call(version, kind, *arguments)
 
 
+@pytest.mark.parametrize("kind", ["forward", "step"])
+def test_wkv_cuda_messages_other_device(kind):
+    """With r on the CPU and another tensor on a GPU, the other tensor is what is wrong."""
+    given = step_arguments("6.0", 32) if kind == "step" else [*make_inputs("6.0", 1, 3, 2, 32), True]
+    for i, name in enumerate("kvwu", start=1):
+        arguments = [x.to("meta") if i == j else x for j, x in enumerate(given)]
+        with pytest.raises(ValueError, match=f"{name} must be on r's device cpu, got another device; move it with"):
+            call("6.0", kind, *arguments)
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_wkv_cuda_messages_step(version):
     op = f"wkv{version[0]}_step"
@@ -68,6 +78,13 @@ def test_wkv_cuda_messages_step(version):
     ):
         with pytest.raises(ValueError, match=f"^{re.escape(f'{op}: {text}')}$"):
             call(version, "step", *step_arguments(version, 32, **changes))
+    # the kernel reads four columns at a time
+    for dtype, alignment in ((torch.float32, 16), (torch.float64, 32)):
+        arguments = [x if x is None else x.to(dtype) for x in step_arguments(version, 32)]
+        arguments[5] = torch.zeros(arguments[5].numel() + 1, dtype=dtype)[1:].view(arguments[5].shape)
+        text = f"{op}: state must start at a multiple of {alignment} bytes on CUDA, got storage offset 1; call .clone()"
+        with pytest.raises(ValueError, match=f"^{re.escape(text)}"):
+            call(version, "step", *arguments)
     # past every check, this torch has no stream to launch on: a null weak symbol is a sentence and no crash
     text = f"{op}: this torch has no CUDA streams; install a CUDA build of torch"
     for size in (32, 64, 128):

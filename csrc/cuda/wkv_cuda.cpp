@@ -24,6 +24,10 @@ Tensor step(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, 
   const StepCall call = prepare_step(op, kDecay, r, k, v, w, u, state, slots);
   if (!has_cuda_head_size(call.params.shape.head_size))
     fail(op, ": head size must be 32, 64 or 128 on CUDA, got ", call.params.shape.head_size, "; run it on the CPU");
+  const uintptr_t alignment = 4 * (call.params.shape.fp64 ? sizeof(double) : sizeof(float));  // of the kernel's loads
+  if (reinterpret_cast<uintptr_t>(call.params.state) % alignment)
+    fail(op, ": state must start at a multiple of ", alignment, " bytes on CUDA, got storage offset ", state.storage_offset(),
+         "; call .clone() once and keep the result");
   const int32_t device = r.get_device_index();
   void* stream = current_stream(op, device);
   const torch::stable::accelerator::DeviceGuard guard(device);
