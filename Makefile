@@ -1,5 +1,5 @@
 # make demo   set everything up, then: raw text -> shards -> a trained Finch -> loss curve -> generated text
-# make test   set everything up, build (CUDA code too where nvcc is), run every test
+# make test   set everything up, build, run every test
 # make build  build what changed
 # make lint   ruff, the one-file-includes-torch rule, file lengths
 #
@@ -16,13 +16,15 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 GPU := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1)
 CPU_TORCH := --extra-index-url https://download.pytorch.org/whl/cpu --retries 0 --timeout 10
 
+# The CUDA code is built wherever nvcc is, GPU or not, for one architecture: the GPU's own, or Hopper.
+export RWKV_EXT_CUDA ?= $(if $(shell command -v nvcc),1,auto)
+export TORCH_CUDA_ARCH_LIST ?= $(or $(GPU),9.0)
+
 .PHONY: demo test build lint clean prerequisites
 
 demo: build
 	$(RUN) train/demo.py --out demo $(if $(DATA),--data "$(DATA)") $(if $(MINUTES),--minutes $(MINUTES))
 
-test: export RWKV_EXT_CUDA ?= $(if $(shell command -v nvcc),1,auto)
-test: export TORCH_CUDA_ARCH_LIST ?= $(or $(GPU),9.0)
 test: build
 	$(RUN) -m pytest tests
 
