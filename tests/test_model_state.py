@@ -82,6 +82,8 @@ def test_a_view_of_a_graph_is_saved_as_values(state, tmp_path):
 def test_loading_something_else_is_refused(state, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"RWKVState.load: .*missing does not exist"):
         RWKVState.load(tmp_path / "missing")
+    with pytest.raises(OSError, match=r"RWKVState.load: .* must be a readable file, got an error from it"):
+        RWKVState.load(tmp_path)
     save_file({"wkv": state.wkv, "other": state.wkv.clone()}, tmp_path / "other")
     with pytest.raises(ValueError, match=r"must be a file of RWKVState.save, got .* tensors \['other', 'wkv'\]"):
         RWKVState.load(tmp_path / "other")

@@ -91,6 +91,8 @@ class RWKVState(NamedTuple):
                 state = cls(*(file.get_tensor(name) for name in cls._fields))
         except FileNotFoundError:
             raise FileNotFoundError(f"RWKVState.load: {path} does not exist; check the path") from None
+        except OSError as error:  # such as a folder, which safetensors calls "No such device"
+            raise OSError(f"RWKVState.load: {path} must be a readable file, got an error from it ({error})") from error
         except SafetensorError as error:
             raise ValueError(
                 f"RWKVState.load: {path} must be a complete file of RWKVState.save, got one that cannot be read "
