@@ -315,6 +315,25 @@ def test_overwriting_takes_an_explicit_wish(tmp_path, shard):
         BinidxWriter(tmp_path / "folder", overwrite=True)
 
 
+def test_the_faster_of_two_writers_is_not_overwritten(tmp_path, monkeypatch):
+    first = BinidxWriter(tmp_path / "shard")
+    monkeypatch.setattr(os, "getpid", lambda: 1)  # the second is another process
+    second = BinidxWriter(tmp_path / "shard")
+    first.add_document([1, 0])
+    second.add_document([2, 0])
+    first.close()
+    with pytest.raises(FileExistsError, match="shard.bin: already exists; choose another name"):
+        second.close()
+    assert set(files_of(tmp_path)) == {"shard.bin", "shard.idx"}
+    assert BinidxReader(tmp_path / "shard").tokens.tolist() == [1, 0]
+
+
+def test_shard_in_a_folder_that_cannot_be(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="cannot create the shard: .*; choose a name in a folder that you may write to"):
+        BinidxWriter(tmp_path / "file" / "shard")
+
+
 def test_refused_documents_change_nothing(tmp_path):
     endless = np.broadcast_to(np.uint16(0), (2**31,))
     with BinidxWriter(tmp_path / "shard") as writer:

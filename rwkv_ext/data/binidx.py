@@ -200,17 +200,19 @@ class BinidxWriter:
 
     def __init__(self, prefix: str | os.PathLike, overwrite: bool = False):
         self.bin_path, self.idx_path = shard_files(prefix)
-        for path in (self.bin_path, self.idx_path):
-            if path.is_dir() or (path.exists() and not overwrite):
-                advice = "choose another name, remove it or overwrite it"
-                raise FileExistsError(f"{path}: already exists; {advice}")
+        self._overwrite = overwrite
+        self._check_free()
         self._sizes = array("i")
         self.n_tokens = 0
         # The process number keeps two writers of the same shard apart.
         names = [f"{path.name}.{os.getpid()}.tmp" for path in (self.bin_path, self.idx_path)]
         self._temporary = [self.bin_path.with_name(name) for name in names]
-        self.bin_path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._temporary[0], "wb", buffering=1 << 20)
+        try:
+            self.bin_path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self._temporary[0], "wb", buffering=1 << 20)
+        except OSError as error:
+            message = f"cannot create the shard: {error.strerror}; choose a name in a folder that you may write to"
+            raise OSError(error.errno, message, str(self.bin_path)) from error
 
     @property
     def n_documents(self) -> int:
@@ -235,6 +237,7 @@ class BinidxWriter:
             with open(self._temporary[1], "wb", buffering=1 << 20) as file:
                 self._write_index(file)
                 _sync_and_close(file)
+            self._check_free()  # another writer may have been faster
             # Between the renames there is no index at all rather than one that belongs to other tokens.
             self.idx_path.unlink(missing_ok=True)
             for temporary, path in zip(self._temporary, (self.bin_path, self.idx_path), strict=True):
@@ -261,6 +264,12 @@ class BinidxWriter:
             self.close()
         else:
             self.abort()
+
+    def _check_free(self) -> None:
+        for path in (self.bin_path, self.idx_path):
+            if path.is_dir() or (path.exists() and not self._overwrite):
+                advice = "choose another name, remove it or overwrite it"
+                raise FileExistsError(f"{path}: already exists; {advice}")
 
     def _check(self, ids) -> np.ndarray:
         self._check_open("add_document")
@@ -297,7 +306,7 @@ class BinidxWriter:
 
     def _abandon(self, error: BaseException) -> None:
         self.abort()
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.strerror:
             place = f"after {self.n_documents} documents and {self.n_tokens} tokens"
             advice = "nothing was kept: make room on the disk and run it again"
             message = f"cannot write {place}: {error.strerror}; {advice}"
