@@ -104,6 +104,8 @@ class TrainTable:
             _require(getattr(self, key) >= 1, f"train.{key}", "be at least 1", getattr(self, key))
         for key in ("tokens", "minutes", "threads"):
             _require(getattr(self, key) >= 0, f"train.{key}", "be 0 or more", getattr(self, key))
+        _require(self.threads <= 4096, "train.threads", "be at most 4096", self.threads)
+        _require(0 <= self.seed < 2**63, "train.seed", "lie between 0 and 2**63 - 1", self.seed)
         _require(self.tokens > 0 or self.minutes > 0, "train.tokens", "be above 0", self.tokens,
                  "or set train.minutes to choose the length by time")
 

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import types
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
@@ -105,9 +106,10 @@ def _convert(key: str, hint: Any, value: Any) -> Any:
             raise ValueError(f"{key} must be a table of numbers such as {{ unigram = 6.9 }}, got {value!r}")
         return {name: _convert(f"{key}.{name}", arguments[1], item) for name, item in value.items()}
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int and number and value == value and abs(value) != float("inf") and int(value) == value:
+    number = number and math.isfinite(value)
+    if hint is int and number and int(value) == value:
         return int(value)
-    if hint is float and number and value == value:
+    if hint is float and number:
         return float(value)
     if hint in (str, bool) and isinstance(value, hint):
         return value
