@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from train.hardware import choose_device, choose_dtype, memory_estimate, peak_fl
 from train.interrupt import Interrupt
 from train.loop import evaluate, train_step
 from train.metrics import MetricsLog, read_log
-from train.plot import draw_loss
+from train.plot import _smooth, draw_loss
 
 CPU = torch.device("cpu")
 GOLDEN = Path(__file__).parent / "golden"
@@ -227,6 +229,10 @@ def test_train_user_errors(tmp_path, capsys, monkeypatch):
         "data.ctx_len=2000"
     )
     assert "dim_att must be a multiple of head_size" in message("model.head_size=24")
+    assert re.search(r"out of memory \(.*allocate .* bytes.*lower train.micro_batch", message("model.n_embd=268435456"))
+    with monkeypatch.context() as patch:
+        patch.setattr("train.pretrain.build_model", Mock(side_effect=KeyboardInterrupt))
+        assert run.run() == 130 and "run the same command again to go on" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         patch.setattr("rwkv_ext._load.error", "not built; run `make build`")
         assert "error: not built; run `make build`" in message()
@@ -334,6 +340,14 @@ def test_train_picture(tmp_path):
     draw_loss(tmp_path / "log.jsonl", tmp_path / "loss.png", {"unigram": 4.0, "bigram": 3.0}, "test")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob(".loss*"))
+
+
+@pytest.mark.parametrize("count", [1, 59, 60, 250])
+def test_train_picture_smooths_with_a_centred_mean(count):
+    values = tuple(np.random.default_rng(count).normal(5, 1, count).tolist())
+    reach = count // 60
+    expected = [np.mean(values[max(0, i - reach) : i + reach + 1]) for i in range(count)]
+    np.testing.assert_allclose(_smooth(values), expected, rtol=1e-12)
 
 
 def test_train_display_on_a_terminal(monkeypatch, capsys):

@@ -55,7 +55,7 @@ def test_train_checkpoint_folder(whole):
     state = json.loads((step / "state.json").read_text())
     assert state["progress"] == {
         "step": 12, "tokens": 3072, "next_sample": 96, "total_tokens": 3072, "dtype": "fp32",
-        "seconds": state["progress"]["seconds"],
+        "limits": [0.0, 3072], "seconds": state["progress"]["seconds"],
     }  # fmt: skip
     assert state["ranks"] == 1 and state["threads"] == 1
     assert (step / "config.toml").read_text() == whole.path.read_text()
@@ -138,6 +138,19 @@ def test_train_longer_run_goes_on(whole, tmp_path, capsys):
     assert "the run ends at 3,584 tokens now, not 3,072" in output
     assert "saved with 1 ranks x 1 threads" in output
     assert run.losses()[:12] == whole.losses() and len(run.losses()) == 14
+
+
+def test_train_other_time_limit_goes_on(tmp_path, capsys):
+    """A finished run with a time limit goes on when the limits grow, and only then."""
+    limits = {"minutes": 60.0, "tokens": 256 * 3}
+    assert TinyRun(tmp_path, train=limits).run("--set", "train.minutes=0") == 0
+    run = TinyRun(tmp_path, train=limits)
+    assert run.run() == 0 and len(run.losses()) == 3
+    assert "the run has 60 minutes in all now" in capsys.readouterr().out
+    assert run.run("--set", "train.tokens=5888") == 0 and len(run.losses()) == 23
+    assert run.run("--set", "train.tokens=5888") == 0 and len(run.losses()) == 23
+    assert run.run("--set", "train.tokens=9999", "--set", "train.minutes=0.0001") == 0 and len(run.losses()) == 23
+    assert "finished: 23 steps" in capsys.readouterr().out
 
 
 def test_train_disk_full_while_saving(whole, tmp_path, capsys):

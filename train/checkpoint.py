@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class Progress:
     """Time the run has taken so far, over all its parts."""
     dtype: str = ""
     """The number format in use, "bf16" or "fp32"."""
+    limits: list[float] = field(default_factory=list)
+    """[train] minutes and tokens that total_tokens was chosen for."""
 
 
 class CheckpointStore:

@@ -39,5 +39,6 @@ class Interrupt:
         elif time.monotonic() - self._first > self.SAME_REQUEST_SECONDS:
             if self._announce:
                 os.write(2, b"\nQuit without saving.\n")
-            sys.stderr.flush()
+            if sys.stdout.isatty():
+                os.write(1, b"\x1b[?25h")  # the live panel hides the cursor
             os._exit(128 + number)

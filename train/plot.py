@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from train.metrics import read_log
 
 
@@ -41,8 +43,12 @@ def draw_loss(log: Path, picture: Path, baselines: dict[str, float], title: str)
     partial.replace(picture)
 
 
-def _smooth(values: tuple[float, ...]) -> list[float]:
-    """Average over a window of a thirtieth of the curve, centred so that it does not lag behind."""
-    reach = len(values) // 60
-    windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
-    return [sum(window) / len(window) for window in windows]
+def _smooth(values: tuple[float, ...]) -> np.ndarray:
+    """Average over a window of a thirtieth of the curve, centred so that it does not lag behind.
+
+    By differences of running sums: a run has a million steps, and each window a thirtieth of them.
+    """
+    reach, middle = len(values) // 60, np.arange(len(values))
+    sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
+    begin, end = np.maximum(middle - reach, 0), np.minimum(middle + reach + 1, len(values))
+    return (sums[end] - sums[begin]) / (end - begin)

@@ -62,14 +62,30 @@ def main(argv: Sequence[str] | None = None) -> int:
             text = error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else error
             print(f"{'' if rank == 0 else f'[rank {rank}] '}error: {text}", file=sys.stderr, flush=True)
         return 1
-    except RuntimeError as error:
-        if args.traceback or ranks is None or ranks.size == 1 or "onnection" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        text = explain(error, ranks)
+        if args.traceback or text is None:
             raise
-        print(f"[rank {ranks.rank}] error: another rank ended; its message says why", file=sys.stderr, flush=True)
+        print(f"[rank {os.environ.get('RANK', '0')}] error: {text}", file=sys.stderr, flush=True)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # in a step it is Interrupt's
+        print("interrupted between steps; run the same command again to go on", file=sys.stderr, flush=True)
         return 130
     return 0
+
+
+def explain(error: RuntimeError | MemoryError, ranks: Ranks | None) -> str | None:
+    """Return what happened and what to do, or None for an error that is not the user's."""
+    memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    if memory:
+        return (
+            f"out of memory ({str(error).splitlines()[0] if str(error) else 'Python'}); lower train.micro_batch, set "
+            "train.activation_checkpointing = true or take a smaller model (--dry-run estimates the memory), then run "
+            "again to go on from the last checkpoint"
+        )
+    if ranks is not None and ranks.size > 1 and "onnection" in str(error):
+        return "another rank ended; its message says why"
+    return None
 
 
 def train(config: Config, ranks: Ranks, dry_run: bool, started: float) -> None:
@@ -145,9 +161,10 @@ def find_start(
 ) -> tuple[Progress, Path | None]:
     """Return where the run stands and the checkpoint to load, if there is one."""
     total = 0 if config.train.minutes else config.whole_steps(config.train.tokens)
+    limits = [config.train.minutes, config.train.tokens]
     checkpoint = store.newest()
     if checkpoint is None:
-        return Progress(total_tokens=total), None
+        return Progress(total_tokens=total, limits=limits), None
     if not config.checkpoint.resume:
         raise ValueError(
             f"checkpoint.folder must not hold a checkpoint when checkpoint.resume is false, got {checkpoint}; "
@@ -165,6 +182,12 @@ def find_start(
     if total and total != progress.total_tokens:
         display.note(f"the run ends at {total:,} tokens now, not {progress.total_tokens:,}: the cosine is another one")
         progress.total_tokens = total
+    if config.train.minutes and progress.limits != limits:
+        display.note(f"the run has {config.train.minutes:g} minutes in all now: its length is chosen anew")
+        spent = progress.seconds >= 60 * config.train.minutes
+        spent |= 0 < config.train.tokens <= progress.tokens
+        progress.total_tokens = progress.tokens if spent else 0
+    progress.limits = limits
     return progress, checkpoint
 
 
