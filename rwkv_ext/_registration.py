@@ -3,6 +3,8 @@
 The schemas are in csrc/ops.cpp, the public functions in ops.py.
 """
 
+from functools import partial
+
 import torch
 from torch._C import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
 
@@ -16,7 +18,20 @@ def _state_dtype(r):
     return torch.float64 if r.dtype == torch.float64 else torch.float32
 
 
-def _forward_fake(r, k, v, w, u, state, cu_seqlens, save_for_backward):
+def _check(op, r, axes, **others):
+    """Check what the fakes below rely on, in the words of the kernels, which never see tensors without data."""
+    dims = axes.count(",") + 1
+    if r.dim() != dims:
+        raise ValueError(f"{op}: r must have {dims} dimensions {axes}, got {list(r.shape)}")
+    for name, x in others.items():
+        if x is not None and x.device != r.device:
+            raise ValueError(
+                f"{op}: {name} must be on r's device {r.device}, got {x.device}; move it with .to(r.device)"
+            )
+
+
+def _forward_fake(op, r, k, v, w, u, state, cu_seqlens, save_for_backward):
+    _check(op, r, "[B, T, H, N]", k=k, v=v, w=w, u=u, state=state, cu_seqlens=cu_seqlens)
     batch, tokens, heads, size = r.shape
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     chunks = (tokens + CHUNK_TOKENS - 1) // CHUNK_TOKENS
@@ -34,13 +49,15 @@ def _forward_fake(r, k, v, w, u, state, cu_seqlens, save_for_backward):
     return y, new(sequences, heads, size, size), chunk_states, new(0)
 
 
-def _backward_fake(dy, dstate_out, r, k, v, w, u, state, cu_seqlens, chunk_states, scores):
+def _backward_fake(op, dy, dstate_out, r, k, v, w, u, state, cu_seqlens, chunk_states, scores):
+    _check(op, r, "[B, T, H, N]", dy=dy, k=k, v=v, w=w, u=u, state=state, chunk_states=chunk_states)
     sequences = r.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (0,) if state is None else (sequences, r.shape[2], r.shape[3], r.shape[3])
     return *(x.new_empty(x.shape) for x in (r, k, v, w, u)), r.new_empty(shape, dtype=_state_dtype(r))
 
 
-def _step_fake(r, k, v, w, u, state, slots):
+def _step_fake(op, r, k, v, w, u, state, slots):
+    _check(op, r, "[B, H, N]", k=k, v=v, w=w, u=u, state=state, slots=slots)
     return r.new_empty(r.shape)
 
 
@@ -71,16 +88,21 @@ def _refuse(name, what, instead):
     return refuse
 
 
+def _cast(x, dtype):
+    """As torch's own autocast: fp64 and integers stay, and the kernel says what does not fit."""
+    return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+
+
 def _autocast(op, device):
     keys = DispatchKeySet(AUTOCAST_KEYS[device])
 
     def cast_and_call(r, k, v, w, u, *rest):
         # rest begins with the state; that of a step is updated in place and so never cast.
         if r.is_floating_point() and r.dtype != torch.float64:
-            r, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (r, k, v))
-            w, u = w.float(), u.float()
+            r, k, v = (_cast(x, torch.get_autocast_dtype(device)) for x in (r, k, v))
+            w, u = _cast(w, torch.float32), _cast(u, torch.float32)
             if rest[0] is not None and not op._schema.is_mutable:
-                rest = (rest[0].float(), *rest[1:])
+                rest = (_cast(rest[0], torch.float32), *rest[1:])
         with _ExcludeDispatchKeyGuard(keys):
             return op(r, k, v, w, u, *rest)
 
@@ -90,9 +112,9 @@ def _autocast(op, device):
 def _register(library):
     for name in ("wkv5", "wkv6"):
         forward, backward, step = (f"rwkv_ext::{name}_{kind}" for kind in ("forward", "backward", "step"))
-        torch.library.register_fake(forward, _forward_fake)
-        torch.library.register_fake(backward, _backward_fake)
-        torch.library.register_fake(step, _step_fake)
+        torch.library.register_fake(forward, partial(_forward_fake, name))
+        torch.library.register_fake(backward, partial(_backward_fake, f"{name}_backward"))
+        torch.library.register_fake(step, partial(_step_fake, f"{name}_step"))
         torch.library.register_autograd(forward, _backward_formula(name), setup_context=_save)
         torch.library.register_autograd(
             backward, _refuse(name, "second derivatives are", "differentiate once, or use rwkv_ext.reference")

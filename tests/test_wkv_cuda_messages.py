@@ -11,7 +11,7 @@ import torch
 from rwkv_ext import _load
 from rwkv_ext.testing import make_inputs
 
-pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build of torch: see test_wkv_cuda_step.py")
+pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="CUDA torch: see test_wkv_cuda_step.py")
 CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 VERSIONS = ["5.2", "6.0"]
 

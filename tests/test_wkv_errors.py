@@ -364,3 +364,22 @@ def test_wkv_errors_leave_the_op_usable():
     with pytest.raises(ValueError):
         ops.wkv6(**arguments(u=zeros(3)))
     assert torch.equal(ops.wkv6(**given)[0], expected) and rwkv_ext.wkv6 is ops.wkv6
+
+
+@pytest.mark.parametrize("kind", ["forward", "step"])
+def test_tensors_without_data_get_the_same_sentences(kind):
+    shape = (1, 4, 2, 8) if kind == "forward" else (1, 2, 8)
+    x, u = torch.empty(shape, device="meta"), torch.empty(2, 8, device="meta")
+    state = torch.empty(1, 2, 8, 8, device="meta")
+    last = (None, False) if kind == "forward" else (None,)
+    op, name = getattr(torch.ops.rwkv_ext, f"wkv6_{kind}"), "wkv6" if kind == "forward" else "wkv6_step"
+    with pytest.raises(ValueError, match=rf"^{name}: r must have {len(shape)} dimensions \[B, .*\], got \[2, 8\]$"):
+        op(u, x, x, x, u, state, *last)
+    with pytest.raises(ValueError, match=rf"^{name}: k must be on r's device meta, got cpu; move it with"):
+        op(x, torch.zeros(shape), x, x, u, state, *last)
+
+
+def test_autocast_leaves_fp64_to_the_checks():
+    x, u = torch.zeros(1, 4, 2, 8), torch.zeros(2, 8)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="k must have r's dtype bfloat16"):
+        ops.wkv6(x, x.double(), x, x, u)
