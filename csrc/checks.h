@@ -1,6 +1,7 @@
 // Every check of what a user may pass to an op, and so every message: "<op>: <argument> must ..., got <value>[; <what to do>]".
 #pragma once
 
+#include <algorithm>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -26,6 +27,10 @@ inline std::string sizes_text(const int64_t* sizes, int64_t count) {
 }
 
 inline std::string shape_text(const Tensor& x) { return sizes_text(x.sizes().data(), x.dim()); }
+
+inline bool same_sizes(const Tensor& x, const int64_t* sizes, int64_t count) {
+  return x.dim() == count && std::equal(sizes, sizes + count, x.sizes().data());
+}
 
 inline const char* dtype_text(ScalarType dtype) {
   switch (dtype) {
@@ -76,7 +81,7 @@ class Checks {
 
   void same_as_r(const char* name, const Tensor& x) const {
     device(name, x);
-    if (shape_text(x) != shape_text(like_))
+    if (!same_sizes(x, like_.sizes().data(), like_.dim()))
       fail(op_, ": ", name, " must have the shape of r ", shape_text(like_), ", got ", shape_text(x));
     if (x.scalar_type() != like_.scalar_type())
       fail(op_, ": ", name, " must have r's dtype ", dtype_text(like_.scalar_type()), ", got ", dtype_text(x.scalar_type()),
@@ -85,8 +90,9 @@ class Checks {
 
   void shape(const char* name, const Tensor& x, const char* axes, std::initializer_list<int64_t> wanted) const {
     device(name, x);
-    const std::string text = sizes_text(wanted.begin(), static_cast<int64_t>(wanted.size()));
-    if (shape_text(x) != text) fail(op_, ": ", name, " must have shape ", axes, " = ", text, ", got ", shape_text(x));
+    const auto dims = static_cast<int64_t>(wanted.size());
+    if (!same_sizes(x, wanted.begin(), dims))
+      fail(op_, ": ", name, " must have shape ", axes, " = ", sizes_text(wanted.begin(), dims), ", got ", shape_text(x));
   }
 
   // w and u: fp32 or r's own dtype.

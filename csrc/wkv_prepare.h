@@ -51,7 +51,7 @@ inline void check_inputs(const Checks& check, Decay decay, const Tensor& r, cons
     check.shape("w", w, "[H, N]", {heads, size});
   } else {
     check.device("w", w);
-    if (shape_text(w) != shape_text(r)) fail(check.op(), ": w must have the shape of r ", shape_text(r), ", got ", shape_text(w));
+    if (!same_sizes(w, r.sizes().data(), r.dim())) fail(check.op(), ": w must have the shape of r ", shape_text(r), ", got ", shape_text(w));
   }
   check.parameter_dtype("w", w);
   check.shape("u", u, "[H, N]", {heads, size});

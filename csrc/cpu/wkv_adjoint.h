@@ -75,11 +75,14 @@ class BackwardSequence {
  public:
   BackwardSequence(const WkvBackwardParams& params, const Sequence& sequence, int64_t head)
       : p_(params), at_(sequence), head_(head), size_(params.shape.head_size), stride_(padded(size_, kLanes<T>)),
-        scratch_((1 + kChunkBlocks + kBlockTokens) * size_ * stride_ + (7 * kBlockTokens + 8) * stride_ + size_ * kLanes<T>) {
+        blocks_(smaller(kChunkBlocks, (sequence.tokens + kBlockTokens - 1) / kBlockTokens)),
+        rows_used_(smaller(kBlockTokens, sequence.tokens)),
+        scratch_((1 + blocks_ + rows_used_) * size_ * stride_ + (7 * rows_used_ + 8) * stride_ + size_ * kLanes<T>) {
     const int64_t square = size_ * stride_;
     adjoint_ = scratch_.take(square);
-    for (T*& state : block_states_) state = scratch_.take(square);
-    for (TokenRows<T>& row : rows_) {
+    for (int64_t block = 0; block < blocks_; ++block) block_states_[block] = scratch_.take(square);
+    for (int64_t t = 0; t < rows_used_; ++t) {
+      TokenRows<T>& row = rows_[t];
       row.state = scratch_.take(square);
       for (T** piece : {&row.r, &row.k, &row.v, &row.w, &row.rate, &row.decay, &row.dy}) *piece = scratch_.take(stride_);
     }
@@ -90,8 +93,7 @@ class BackwardSequence {
   void run() {
     const int64_t square = size_ * size_, at = (at_.index * p_.shape.heads + head_) * square;
     load_row(u_, p_.u, 0, 0, head_, size_);
-    for (const TokenRows<T>& row : rows_)
-      if (p_.shape.constant_decay && at_.tokens) load_decay(row, 0);
+    for (int64_t t = 0; t < rows_used_ && p_.shape.constant_decay; ++t) load_decay(rows_[t], 0);
     if (p_.dstate_out) transpose(adjoint_, stride_, static_cast<const T*>(p_.dstate_out) + at, size_, size_);
     for (int64_t chunk = chunks_of(at_.tokens) - 1; chunk >= 0; --chunk) reverse_chunk(chunk);
     if (p_.dstate) transpose(static_cast<T*>(p_.dstate) + at, size_, adjoint_, stride_, size_);
@@ -171,6 +173,7 @@ class BackwardSequence {
   const WkvBackwardParams& p_;
   const Sequence& at_;
   const int64_t head_, size_, stride_;
+  const int64_t blocks_, rows_used_;  // of the arrays below, no more than the sequence fills
   Scratch<T> scratch_;
   T* adjoint_;                      // G, [N(value)][stride]
   T* block_states_[kChunkBlocks];   // the state before each block of the chunk
