@@ -72,6 +72,7 @@ def _device(name: str | None) -> torch.device:
 
 def _stream(generation) -> int:
     """Print the pieces as they come, a final new line in any case, and the speed."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows ? instead of ending the text
     start, newline, interruption = time.perf_counter(), False, None
     try:
         for piece in generation:

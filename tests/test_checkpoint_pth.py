@@ -211,6 +211,24 @@ def test_unreadable_files(tmp_path):
         RWKV.from_pretrained(path)
 
 
+def test_values_too_large_for_fp16_are_refused(tmp_path):
+    model = random_model(SMALL["finch"])
+    with torch.no_grad():
+        model.blocks[1].ffn.value.weight[0, 0] = 1e6
+    message = r"blocks.1.ffn.value.weight must stay below 65504 to fit float16, got 1e\+06; use bfloat16"
+    with pytest.raises(ValueError, match=message):
+        model.save_pretrained(tmp_path / "m.pth", torch.float16)
+    assert not list(tmp_path.iterdir())
+    model.save_pretrained(tmp_path / "m.pth", torch.float32)
+    with pytest.raises(ValueError, match=message):
+        RWKV.from_pretrained(tmp_path / "m.pth", dtype=torch.float16)
+
+
+def test_dtype_must_be_floating_point(tmp_path):
+    with pytest.raises(ValueError, match="dtype must be a floating-point dtype, got torch.int32; use torch.bfloat16"):
+        RWKV.from_pretrained(tmp_path / "m.pth", dtype=torch.int32)
+
+
 def test_a_full_disk_leaves_the_old_file(tmp_path):
     path = tmp_path / "model.pth"
     model = random_model(SMALL["finch"])

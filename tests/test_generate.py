@@ -371,3 +371,12 @@ def test_closed_output_ends_quietly(checkpoint):
     assert process.wait(timeout=60) == 0
     err = process.stderr.read()
     assert b"ended by closed output" in err and b"Traceback" not in err and b"Exception" not in err
+
+
+def test_command_survives_an_output_that_lacks_characters(checkpoint):
+    command = [sys.executable, "-m", "rwkv_ext.cli", "generate", str(checkpoint), "a", "--max-tokens", "200"]
+    command += ["--seed", "3", "--threads", "1"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "?" in result.stdout  # random weights write all scripts

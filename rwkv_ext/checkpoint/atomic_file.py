@@ -1,6 +1,7 @@
 """atomic_write: a file appears whole or not at all, and what was there before survives every failure."""
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -12,14 +13,13 @@ def atomic_write(path: str | os.PathLike, write: Callable[[BinaryIO], object], w
     Raises OSError that begins with `where` and names the path; the temporary file is removed then.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
     # torch.save reports a failed write as RuntimeError; nothing else in `write` touches the outside world.
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -31,9 +31,11 @@ def atomic_write(path: str | os.PathLike, write: Callable[[BinaryIO], object], w
         raise (OSError(message) if number is None else OSError(number, message)) from error
     finally:
         temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut; the files themselves are on the disk already."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

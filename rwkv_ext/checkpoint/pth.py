@@ -28,7 +28,7 @@ def read(path: str | os.PathLike) -> tuple[RWKVConfig, dict[str, Tensor]]:
 def write(path: str | os.PathLike, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     """Write tensors as `dtype` in their order; whole or not at all, see atomic_write."""
     # A view would bring its whole storage along, hence the clones; without need nothing is copied.
-    plain = {name: _compact(x.detach().to("cpu", dtype)) for name, x in tensors.items()}
+    plain = {name: _compact(cast(name, x.detach(), dtype, "cpu")) for name, x in tensors.items()}
     atomic_write(path, lambda file: torch.save(plain, file), "save_pretrained")
 
 
@@ -127,6 +127,17 @@ def check_names_and_shapes(
             f"from_pretrained: {path} must hold exactly one model; {len(problems)} wrong tensors:\n  "
             + "\n  ".join(problems)
         )
+
+
+def cast(name: str, x: Tensor, dtype: torch.dtype, device: torch.device | str, copy: bool = False) -> Tensor:
+    """Return x in dtype on device; ValueError where a finite value would become infinite, as large ones do in fp16."""
+    result = x.to(device=device, dtype=dtype, copy=copy)
+    if dtype == torch.float16 and x.dtype != dtype and not result.isfinite().all() and x.isfinite().all():
+        raise ValueError(
+            f"{name} must stay below {torch.finfo(dtype).max:g} to fit float16, got {x.abs().max().item():g}; "
+            "use bfloat16 or float32"
+        )
+    return result
 
 
 def widest_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:

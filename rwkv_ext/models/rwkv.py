@@ -159,6 +159,8 @@ class RWKV(nn.Module):
         state every text starts from. The file is read as it is copied, so memory holds the model once.
         Raises FileNotFoundError, or ValueError that says what the file is, or names every wrong tensor.
         """
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"from_pretrained: dtype must be a floating-point dtype, got {dtype}; use torch.bfloat16")
         config, tensors = pth.read(path)
         with torch.device("meta"):
             model = cls(config)
@@ -168,7 +170,7 @@ class RWKV(nn.Module):
         if dtype is None:
             dtype = pth.widest_dtype(tensors)
         # copy=True: parameters must not be pages of a file that someone may overwrite.
-        loaded = {name: x.to(device=device or "cpu", dtype=dtype, copy=True) for name, x in tensors.items()}
+        loaded = {name: pth.cast(name, x, dtype, device or "cpu", copy=True) for name, x in tensors.items()}
         model.load_state_dict(loaded, assign=True)
         return model
 
@@ -191,6 +193,8 @@ class RWKV(nn.Module):
 
     def _check_tokens(self, tokens: Tensor, dims: int) -> None:
         shape = "[B, T]" if dims == 2 else "[B]"
+        if not isinstance(tokens, Tensor):
+            raise TypeError(f"RWKV: tokens must be a tensor {shape}, got {type(tokens).__name__}; use torch.tensor()")
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"RWKV: tokens must be int64 or int32, got {tokens.dtype}; convert with tokens.long()")
         if tokens.dim() != dims:
@@ -212,6 +216,8 @@ class RWKV(nn.Module):
 
     @staticmethod
     def _check_cu_seqlens(cu_seqlens: Tensor, tokens: Tensor) -> int:
+        if not isinstance(cu_seqlens, Tensor):
+            raise TypeError(f"RWKV: cu_seqlens must be a tensor, got {type(cu_seqlens).__name__}; use torch.tensor()")
         if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
             raise ValueError(f"RWKV: cu_seqlens must have shape [nseq + 1], got {list(cu_seqlens.shape)}")
         if cu_seqlens.device != tokens.device:
@@ -227,6 +233,8 @@ class RWKV(nn.Module):
         return cu_seqlens.numel() - 1
 
     def _check_state(self, state: RWKVState, batch: int) -> None:
+        if not isinstance(state, RWKVState):
+            raise TypeError(f"RWKV: state must be an RWKVState, got {type(state).__name__}")
         c = self.config
         shift = (c.n_layer, batch, c.n_embd)
         shapes = (shift, (c.n_layer, batch, c.n_head, c.head_size, c.head_size), shift)
