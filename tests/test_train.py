@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import time
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -15,7 +16,7 @@ import train.hardware
 import train.loop
 from rwkv_ext.models import RWKV, RWKVConfig
 from train.checkpoint import CheckpointStore
-from train.data import HeldOut, TrainingData, make_batch
+from train.data import HeldOut, TrainingData, check_vocabulary, make_batch
 from train.display import Display, Reading, clock
 from train.distributed import Ranks
 from train.hardware import choose_device, choose_dtype, memory_estimate, peak_flops
@@ -159,6 +160,11 @@ def test_train_stops_before_a_bad_update(tmp_path, capsys):
     assert len(run.losses()) == 1
 
 
+def test_train_token_beyond_the_vocabulary_is_named():
+    with pytest.raises(ValueError, match="vocab_size must be above .*, got 100 and token 127 in samples 1-2"):
+        check_vocabulary(np.array([[3, 127]]), 100, "samples 1-2")
+
+
 def test_train_bad_gradient_leaves_weights_alone():
     """A finite loss with an infinite gradient is caught as well."""
 
@@ -224,7 +230,8 @@ def test_train_user_errors(tmp_path, capsys, monkeypatch):
         "train.micro_batch=3"
     )
     vocabulary = message("model.vocab_size=100", "data.validation=[]")
-    assert "model.vocab_size must be above every token id, got 100 and token 127 in samples 1-2; use the" in vocabulary
+    assert re.search(r"model.vocab_size must be above .*, got 100 and token 127 in shard .*train;", vocabulary)
+    assert "data.train and data.validation must hold no empty name, got ''" in message('data.validation=""')
     assert "data.validation must hold a window of ctx_len + 1 = 2001 tokens, got [1206] tokens" in message(
         "data.ctx_len=2000"
     )
@@ -300,9 +307,13 @@ def test_train_interrupt_counts_signals(monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)  # torchrun's echo of the same Ctrl-C
         assert interrupt.requested and exits == []
+        while len(interrupt._arrivals) < 2:  # noted by another thread
+            time.sleep(0.001)
         monkeypatch.setattr(interrupt, "SAME_REQUEST_SECONDS", 0.0)
+        interrupt._arrivals[0] -= 1e-3
         os.kill(os.getpid(), signal.SIGINT)
         assert exits == [130]
+    assert signal.set_wakeup_fd(-1) == -1
     assert signal.getsignal(signal.SIGTERM) is before
 
 

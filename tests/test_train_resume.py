@@ -103,6 +103,18 @@ def test_train_resume_refuses_another_run(whole, tmp_path, monkeypatch, change, 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         run.run("--traceback", "--set", change)
+    if not change.startswith("checkpoint."):  # --dry-run compares with the newest checkpoint as well
+        with pytest.raises(ValueError, match=message):
+            run.run("--traceback", "--dry-run", "--set", change)
+
+
+def test_train_resume_tells_what_changes_without_harm(whole, tmp_path, capsys):
+    run = TinyRun(tmp_path)
+    whole.copy_checkpoint(6, run)
+    assert run.run("--dry-run") == 0
+    assert f"would go on from {run.output / 'step_6'}" in capsys.readouterr().out
+    assert run.run("--set", "train.dtype=bf16") == 0
+    assert "train.dtype is bf16 now, not fp32: the losses will differ a little" in capsys.readouterr().out
 
 
 def test_train_resume_refuses_other_data_of_the_same_size(whole, tmp_path):

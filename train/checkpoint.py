@@ -71,8 +71,7 @@ class CheckpointStore:
 
     def complete(self) -> list[Path]:
         """Return the complete checkpoints, oldest first."""
-        found = [(int(path.name[5:]), path) for path in self.folder.glob("step_*") if path.name[5:].isdigit()]
-        return [path for _, path in sorted(found) if (path / "DONE").is_file()]
+        return complete_checkpoints(self.folder)
 
     def newest(self) -> Path | None:
         """Return the newest complete checkpoint, as rank 0 sees it."""
@@ -153,7 +152,8 @@ class CheckpointStore:
             f"move {self.folder} to a larger one and change checkpoint.folder, then run the same command again",
         )
 
-    def read_state(self, path: Path) -> dict[str, Any]:
+    @staticmethod
+    def read_state(path: Path) -> dict[str, Any]:
         """Return state.json after comparing every file's size with DONE; ValueError if the checkpoint is damaged."""
         error = None
         for name, size in json.loads((path / "DONE").read_text())["bytes"].items():
@@ -171,6 +171,12 @@ class CheckpointStore:
         """Read weights and moments in place, for any number of ranks."""
         materialise_state(optimizer)
         _dcp(dcp.load, _tensors(model, optimizer), dcp.FileSystemReader(path), self._ranks)
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Return the complete checkpoints of a folder, oldest first."""
+    found = [(int(path.name[5:]), path) for path in folder.glob("step_*") if path.name[5:].isdigit()]
+    return [path for _, path in sorted(found) if (path / "DONE").is_file()]
 
 
 def check_identity(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:

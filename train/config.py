@@ -70,6 +70,7 @@ class DataTable:
 
     def __post_init__(self) -> None:
         _require(len(self.train) > 0, "data.train", "name at least one shard prefix", self.train)
+        _require(all((*self.train, *self.validation)), "data.train and data.validation", "hold no empty name", "")
         _require(self.ctx_len >= 1, "data.ctx_len", "be at least 1", self.ctx_len)
         _require(self.validation_windows >= 0, "data.validation_windows", "be 0 or more", self.validation_windows)
 

@@ -51,7 +51,8 @@ def cuda_problem(local_rank: int) -> str | None:
 
 def gemm_flops(dtype: torch.dtype, device: torch.device, tokens: int, width: int, seconds: float = 0.3) -> float:
     """Measure the FLOP/s of [tokens, width] x [width, 4 width] with the threads that are set: the best short run."""
-    tokens, width = min(max(64, tokens), 2048), min(width, 2048)  # large enough to be at the limit, and short
+    # Large enough to be at the limit of the machine, and short.
+    tokens, width = min(max(256, tokens), 2048), min(max(256, width), 2048)
     a = torch.ones(tokens, width, dtype=dtype, device=device)
     b = torch.ones(width, 4 * width, dtype=dtype, device=device)
     work, times, end = 2.0 * a.shape[0] * b.numel(), [], time.perf_counter() + seconds

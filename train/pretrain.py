@@ -23,7 +23,7 @@ if __package__ in (None, ""):  # started as a script: make `train` importable
 from rwkv_ext import _load
 from rwkv_ext.models import RWKV, RWKVConfig
 from rwkv_ext.tokenizer import WorldTokenizer
-from train.checkpoint import CheckpointStore, Progress, check_identity
+from train.checkpoint import CheckpointStore, Progress, check_identity, complete_checkpoints
 from train.config import Config
 from train.config_file import dump_config, load_config
 from train.data import HeldOut, TrainingData
@@ -94,8 +94,12 @@ def train(config: Config, ranks: Ranks, dry_run: bool, started: float) -> None:
     held_out = HeldOut(config, ranks) if config.data.validation else None
     sizes = RWKVConfig(**config.model.sizes())
     plan = plan_lines(config, sizes, ranks, data, held_out)
+    identity = run_identity(config, sizes, data)
     if dry_run:
         data.close()
+        for checkpoint in complete_checkpoints(Path(config.checkpoint.folder))[-1:]:
+            check_identity(checkpoint, CheckpointStore.read_state(checkpoint)["identity"], identity)
+            plan.append(f"would go on from {checkpoint}")
         if ranks.first:
             print("\n".join(plan))
         return
@@ -105,13 +109,13 @@ def train(config: Config, ranks: Ranks, dry_run: bool, started: float) -> None:
     try:
         for line in plan:
             display.note(line)
-        identity = run_identity(config, sizes, data)
         progress, checkpoint = find_start(config, ranks, store, identity, display)
         micro_tokens = config.train.micro_batch * config.data.ctx_len
         if config.train.dtype != "auto" or not progress.dtype:
-            progress.dtype = ranks.from_first(
-                choose_dtype(config.train.dtype, ranks.device, micro_tokens, sizes.n_embd)
-            )
+            chosen = ranks.from_first(choose_dtype(config.train.dtype, ranks.device, micro_tokens, sizes.n_embd))
+            if progress.dtype not in ("", chosen):
+                display.note(f"train.dtype is {chosen} now, not {progress.dtype}: the losses will differ a little")
+            progress.dtype = chosen
         model = build_model(config, sizes, ranks)
         flops_per_token = model.flops_per_token()
         shard_model(model, config.train, ranks)
