@@ -19,7 +19,7 @@ from train.loop import evaluate
 from train.metrics import read_log
 
 ALL_WINDOWS = "data.validation_windows=0"  # the --set that measures all of the held-out text
-PYTHON_PROMPTS = ("def ", "class ", "import ")
+PYTHON_PROMPTS = ("import", "class", "    def __init__(self")  # no space at the end: tokens begin with theirs
 PROMPT_CHARACTERS = 40
 SAMPLE_TOKENS = 160
 SAMPLING = {"temperature": 0.8, "top_p": 0.9}
