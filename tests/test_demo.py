@@ -42,6 +42,7 @@ def test_whole_files_are_held_out_and_stay_so(tmp_path):
     for document in corpus.train + corpus.held_out:
         assert document.data == (folder / document.name).read_bytes()
     assert collect(folder) == corpus
+    assert not [d for d in collect(folder, without=folder / "part1").train if d.name.startswith("part1/")]
 
 
 def test_what_is_left_out(tmp_path, monkeypatch):

@@ -62,7 +62,7 @@ def demo(out: Path, source: Path | None, minutes: float) -> int:
         raise ValueError(f"demo: MINUTES must be at least 1, got {minutes:g}; 10 is enough to see Python")
 
     heading("1. Text")
-    corpus = collect(source)
+    corpus = collect(source, without=out)
     print("\n".join(corpus.lines()))
     text = write_text(corpus, out)
 

@@ -73,15 +73,16 @@ def standard_library() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
-def collect(source: Path | None = None) -> Corpus:
+def collect(source: Path | None = None, without: Path | None = None) -> Corpus:
     """Apply the rules above to a file or folder, or to the standard library's .py files when source is None.
 
+    The folder `without` is not looked into: what an earlier demo wrote below source is no text to learn from.
     FileNotFoundError for a path that does not exist; ValueError where too little text is left to train on.
     """
     corpus = Corpus(Path(source) if source else standard_library())
     if not corpus.source.exists():
         raise FileNotFoundError(f"demo: DATA must be a file or a folder, got {corpus.source}, which does not exist")
-    documents = list(_select(corpus, _read(corpus, own=source is not None)))
+    documents = list(_select(corpus, _read(corpus, source is not None, without)))
     documents.sort(key=lambda document: _hash(document.name))  # a .jsonl file's lines have names, too
     if len(documents) < FEW or not _hold_out_whole(corpus, documents):
         _hold_out_ends(corpus, documents)
@@ -105,10 +106,10 @@ def _hash(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
 
 
-def _read(corpus: Corpus, own: bool) -> Iterator[Document]:
+def _read(corpus: Corpus, own: bool, without: Path | None) -> Iterator[Document]:
     """Yield what is text, long enough and no table; own: the user's path, with everything in it."""
     root = corpus.source
-    paths = {root.name: root} if root.is_file() else dict(_walk(root, set() if own else TEST_FOLDERS))
+    paths = {root.name: root} if root.is_file() else dict(_walk(root, set() if own else TEST_FOLDERS, without))
     left = MAX_TOTAL
     for name in sorted(paths, key=_hash):
         path = paths[name]
@@ -140,8 +141,12 @@ def _read(corpus: Corpus, own: bool) -> Iterator[Document]:
                 corpus.drop(f"more than {MAX_TOTAL >> 20} MiB of text", name, path.stat().st_size - end)
 
 
-def _walk(folder: Path, skip: set[str]) -> Iterator[tuple[str, Path]]:
+def _walk(folder: Path, skip: set[str], without: Path | None) -> Iterator[tuple[str, Path]]:
+    without = without and without.resolve()
     for here, folders, names in os.walk(folder):
+        if Path(here).resolve() == without:
+            folders.clear()
+            continue
         folders[:] = (f for f in folders if f not in skip and f != "__pycache__" and not f.startswith("."))
         for path in (Path(here, name) for name in names if not name.startswith(".")):
             if path.is_file():
