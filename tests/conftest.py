@@ -43,3 +43,21 @@ def torch_settings():
     torch.set_deterministic_debug_mode("default")
     torch.set_num_threads(threads)
     torch.set_flush_denormal(False)
+
+
+@pytest.fixture(scope="session")
+def world():
+    """The World tokenizer."""
+    from rwkv_ext.tokenizer import WorldTokenizer
+
+    return WorldTokenizer()
+
+
+@pytest.fixture(scope="session")
+def upstream():
+    """The PyPI package rwkv's World tokenizer, with the vocabulary of ours."""
+    from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
+
+    from rwkv_ext.vocabulary import WORLD
+
+    return TRIE_TOKENIZER(str(WORLD))

@@ -1,13 +1,13 @@
 """Shards: the format byte for byte, a message for every damage, writers that leave nothing half-written."""
 
 import os
-import resource
 import signal
 import struct
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import numpy as np
 import pytest
+from file_limits import largest_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -253,17 +253,6 @@ def test_exception_leaves_the_older_shard_alone(tmp_path, shard, error):
         writer.close()
 
 
-@contextmanager
-def full_disk(limit):
-    """Let write() fail beyond `limit` bytes of a file, as it does on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize(
     "count, size",
     [(2, 2_000_000), (1, 200_000), (30_000, 1)],
@@ -273,7 +262,7 @@ def test_full_disk_leaves_the_older_shard_alone(tmp_path, shard, count, size):
     before = files_of(tmp_path)
     message = r"cannot write after \d+ documents and \d+ tokens: File too large; nothing was kept: make room"
     writer = BinidxWriter(shard, overwrite=True)
-    with full_disk(300_000), pytest.raises(OSError, match=message) as info, writer:
+    with largest_file(300_000), pytest.raises(OSError, match=message) as info, writer:
         for _ in range(count):
             writer.add_document(np.zeros(size, dtype=np.uint16))
     assert info.value.filename == str(shard) + ".bin"
@@ -283,7 +272,7 @@ def test_full_disk_leaves_the_older_shard_alone(tmp_path, shard, count, size):
 def test_swallowed_failure_does_not_pass_for_a_shard(tmp_path):
     with pytest.raises(ValueError, match="close: the writer of .* must be open"):
         with BinidxWriter(tmp_path / "shard") as writer:
-            with full_disk(1000), suppress(OSError):
+            with largest_file(1000), suppress(OSError):
                 writer.add_document(np.zeros(2_000_000, dtype=np.uint16))
     assert files_of(tmp_path) == {}
 

@@ -5,14 +5,12 @@ import signal
 import struct
 
 import pytest
-from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
 
 from rwkv_ext.data import build as build_module
 from rwkv_ext.data.binidx import BinidxReader, shard_files
 from rwkv_ext.data.build import build
 from rwkv_ext.data.documents import find_files, read_documents
 from rwkv_ext.tokenizer import WorldTokenizer
-from rwkv_ext.vocabulary import WORLD
 
 TEXTS = [
     "Today is a beautiful day.\n",
@@ -21,16 +19,6 @@ TEXTS = [
     "a\0b\r\n",
     "\ufeffBOM <|endoftext|> \U0001f980" * 99,
 ]
-
-
-@pytest.fixture(scope="module")
-def world():
-    return WorldTokenizer()
-
-
-@pytest.fixture(scope="module")
-def upstream():
-    return TRIE_TOKENIZER(str(WORLD))
 
 
 def expected_files(texts, upstream):

@@ -10,7 +10,6 @@ import pyrwkv_tokenizer
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
 
 from rwkv_ext.tokenizer import WorldTokenizer
 from rwkv_ext.vocabulary import WORLD
@@ -56,16 +55,6 @@ GOLDEN = [
     (b"\xed\xa0\x80", "238 161 129"),
     (bytes(range(16)), "1 2 3 4 5 6 7 8 9 258 12 13 14 15 16"),
 ]
-
-
-@pytest.fixture(scope="module")
-def world():
-    return WorldTokenizer()
-
-
-@pytest.fixture(scope="module")
-def upstream():
-    return TRIE_TOKENIZER(str(WORLD))
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from wkv_cases import OPS, REFERENCES
 
 from rwkv_ext import ops, reference
 from rwkv_ext.testing import (
@@ -12,8 +13,6 @@ from rwkv_ext.testing import (
     outputs_and_gradients,
 )
 
-OPS = {"5.2": ops.wkv5, "6.0": ops.wkv6}
-REFERENCES = {"5.2": reference.wkv5, "6.0": reference.wkv6}
 PER_TOKEN = ("y", "dr", "dk", "dv", "dw")
 # Each has an empty sequence, one of one token and lengths around blocks of 16 and chunks of 128.
 LENGTHS = [[0, 5, 0, 0, 17], [1, 128, 0, 129], [260, 1, 0], [16, 127, 3, 0, 1, 33], [0], [0, 0], [7]]

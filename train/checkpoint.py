@@ -18,6 +18,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
+from rwkv_ext.checkpoint.atomic_file import sync_folder
 from train.distributed import Ranks
 from train.optim import materialise_state
 
@@ -129,10 +130,10 @@ class CheckpointStore:
                 _write(partial / "state.json", json.dumps(state, indent=1))
                 sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
                 _write(partial / "DONE", json.dumps({"bytes": sizes}, indent=1))
-                _sync(partial)
+                sync_folder(partial)
                 shutil.rmtree(target, ignore_errors=True)  # a folder of that name without DONE
                 os.rename(partial, target)
-                _sync(self.folder)
+                sync_folder(self.folder)
             except OSError as error:
                 return error
             for old in self.complete()[: -self._keep]:
@@ -229,11 +230,3 @@ def _write(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

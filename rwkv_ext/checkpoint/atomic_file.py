@@ -1,4 +1,4 @@
-"""atomic_write: a file appears whole or not at all, and what was there before survives every failure."""
+"""atomic_write: a file appears whole or not at all, and what was there before survives every failure; sync_folder."""
 
 import os
 import threading
@@ -31,10 +31,10 @@ def atomic_write(path: str | os.PathLike, write: Callable[[BinaryIO], object], w
         raise (OSError(message) if number is None else OSError(number, message)) from error
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename last through a power cut; the files themselves are on the disk already."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

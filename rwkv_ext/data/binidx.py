@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from rwkv_ext.checkpoint.atomic_file import sync_folder
+
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 UINT16 = 8
@@ -242,7 +244,7 @@ class BinidxWriter:
             self.idx_path.unlink(missing_ok=True)
             for temporary, path in zip(self._temporary, (self.bin_path, self.idx_path), strict=True):
                 os.replace(temporary, path)
-            _sync_folder(self.bin_path.parent)
+            sync_folder(self.bin_path.parent)
         except BaseException as error:
             self._abandon(error)
             raise
@@ -317,11 +319,3 @@ def _sync_and_close(file) -> None:
     file.flush()
     os.fsync(file.fileno())
     file.close()
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
