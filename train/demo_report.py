@@ -139,7 +139,7 @@ def next_steps(out: Path, folder: Path, command: list[str]) -> list[tuple[str, s
     """Return (what, command) of what a user may do now; each works as it stands, from the folder the demo ran in."""
     program = Path(command[0]).with_name("rwkv-ext")
     return [
-        ("more text from this model", f"{program} generate {folder / 'final.pth'} 'class '"),
+        ("more text from this model", f"{program} generate {folder / 'final.pth'} class --dtype float32"),
         ("train for an hour", "make demo MINUTES=60"),
         ("text of your own", "make demo DATA=path/to/folder"),
         ("look into the shards", f"{program} data check {out / 'shards' / 'train'}"),
