@@ -79,6 +79,7 @@ def prompts(corpus: Corpus, python: bool) -> tuple[str, ...]:
 def write_samples(model: RWKV, beginnings: Sequence[str]) -> list[str]:
     """Let the model go on from each beginning; return the texts, beginnings included. The same on every run."""
     tokenizer = WorldTokenizer()
+    torch.set_num_threads(1)  # a token of a small model has too little work to share, and waiting for it costs most
     return [
         prompt + "".join(generate(model, tokenizer, prompt, max_tokens=SAMPLE_TOKENS, seed=number, **SAMPLING))
         for number, prompt in enumerate(beginnings)
@@ -139,7 +140,7 @@ def next_steps(out: Path, folder: Path, command: list[str]) -> list[tuple[str, s
     """Return (what, command) of what a user may do now; each works as it stands, from the folder the demo ran in."""
     program = Path(command[0]).with_name("rwkv-ext")
     return [
-        ("more text from this model", f"{program} generate {folder / 'final.pth'} class --dtype float32"),
+        ("more text from this model", f"{program} generate {folder / 'final.pth'} class --threads 1"),
         ("train for an hour", "make demo MINUTES=60"),
         ("text of your own", "make demo DATA=path/to/folder"),
         ("look into the shards", f"{program} data check {out / 'shards' / 'train'}"),
