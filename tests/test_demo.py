@@ -304,15 +304,18 @@ def test_demo_reports_and_uses_what_is_there_again(tiny_demo, tmp_path, capsys, 
     assert "used again" in capsys.readouterr().out
 
 
-def test_a_run_of_another_length_is_kept_beside(tiny_demo, tmp_path, monkeypatch):
+def test_a_run_of_another_length_is_kept_beside(tiny_demo, tmp_path):
     out = tmp_path / "out"
     plan = demo.plan_training(out, "text", 10, 8.5)
     assert plan == 8.5
+    demo.CONFIG.write_text(TINY + "# a comment changes nothing\n")
     assert demo.plan_training(out, "text", 10, 3.0) == 8.5  # an interrupted run keeps its length
     assert demo.plan_training(out, "text", 60, 58.0) == 58.0
     assert json.loads((out / "finch-1" / "demo.json").read_text())["minutes"] == 10
     assert demo.plan_training(out, "other text", 60, 57.0) == 57.0
     assert (out / "finch-2" / "demo.json").is_file()
+    demo.CONFIG.write_text(TINY.replace("n_embd = 32", "n_embd = 64"))
+    assert demo.plan_training(out, "other text", 60, 56.0) == 56.0
     assert demo.plan_training(tmp_path / "slow", "text", 10, -3.0) == 2.5
 
 

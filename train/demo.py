@@ -26,7 +26,7 @@ if __package__ in (None, ""):  # started as a script: make `train` importable
 from rwkv_ext.checkpoint.atomic_file import atomic_write
 from rwkv_ext.data.binidx import BinidxReader
 from rwkv_ext.data.build import build
-from train.config_file import load_config
+from train.config_file import dump_config, load_config
 from train.demo_baselines import NgramBaseline, held_out_tokens, xz_bytes
 from train.demo_corpus import Corpus, collect, write_jsonl
 from train.demo_report import ALL_WINDOWS, judge, prompts, report_lines, write_samples
@@ -147,7 +147,7 @@ def measure_baselines(out: Path, corpus: Corpus, text: str, settings: list[str])
 
     "picture" is over the windows that the trainer's validations measure, "report" over all held-out windows.
     """
-    key = hashlib.sha256(f"{text} {CONFIG.read_text()}".encode()).hexdigest()
+    key = hashlib.sha256(f"{text} {dump_config(load_config(CONFIG))}".encode()).hexdigest()
     path = out / "baselines.json"
     found = read_json(path)
     if found is None or found["of"] != key:
@@ -175,7 +175,7 @@ def plan_training(out: Path, text: str, minutes: float, remaining: float) -> flo
     A run of another text, length or configuration is moved aside, not lost and not mixed up with the new one.
     """
     folder, note = out / "finch", out / "finch" / "demo.json"
-    plan = {"text": text, "minutes": minutes, "config": hashlib.sha256(CONFIG.read_bytes()).hexdigest()}
+    plan = {"text": text, "minutes": minutes, "config": dump_config(load_config(CONFIG))}
     earlier = read_json(note)
     if earlier is not None and {key: earlier.get(key) for key in plan} == plan:
         return earlier["training_minutes"]
