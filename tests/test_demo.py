@@ -226,6 +226,7 @@ validation_windows = 3
 [train]
 global_batch = 16
 micro_batch = 16
+minutes = 1
 threads = 1
 dtype = "fp32"
 [optim]
