@@ -15,6 +15,10 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+# OpenMP's threads spin while they wait; beside another job on the same cores both then crawl (3,450 tokens/s fell to
+# 140 on two cores). libgomp reads this when torch loads it, so it stands before that import.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 if __package__ in (None, ""):  # started as a script: make `train` importable
