@@ -15,9 +15,10 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-# OpenMP's threads spin while they wait; beside another job on the same cores both then crawl (3,450 tokens/s fell to
-# 140 on two cores). libgomp reads this when torch loads it, so it stands before that import.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# OpenMP's threads spin while they wait. Beside another job on the same two cores both then crawl: 3,450 tokens/s fell
+# to 140. With a short spin two jobs get 980 each, and one alone loses 9 %. libgomp reads this when torch loads it.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 
