@@ -51,6 +51,7 @@ lint: build
 	.venv/bin/ruff check rwkv_ext train tests benchmarks setup.py
 	@! grep -rlE '#include [<"](torch|ATen|c10)/' csrc --include='*' | grep -v '^csrc/torch_api.h$$' || { echo "only csrc/torch_api.h may include torch"; exit 1; }
 	@git ls-files '*.py' '*.cpp' '*.h' '*.cu' '*.cuh' | xargs wc -l | awk '$$2 != "total" && $$1 > 400 {print $$2 " has " $$1 " lines, more than 400"; bad = 1} END {exit bad}'
+	@git ls-files csrc | xargs awk 'length > 120 {print FILENAME ":" FNR " is longer than 120 characters"; bad = 1} END {exit bad}'
 	@test "$$(wc -l < setup.py)" -le 120 || { echo "setup.py has more than 120 lines"; exit 1; }
 
 clean:

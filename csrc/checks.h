@@ -1,4 +1,5 @@
-// Every check of what a user may pass to an op, and so every message: "<op>: <argument> must ..., got <value>[; <what to do>]".
+// Every check of what a user may pass to an op, and so every message:
+// "<op>: <argument> must ..., got <value>[; <what to do>]".
 #pragma once
 
 #include <algorithm>
@@ -76,7 +77,8 @@ class Checks {
 
   void device(const char* name, const Tensor& x) const {
     if (x.is_cpu() != like_.is_cpu() || x.get_device_index() != like_.get_device_index())
-      fail(op_, ": ", name, " must be on r's device ", device_text(like_), ", got ", device_text(x), "; move it with .to(r.device)");
+      fail(op_, ": ", name, " must be on r's device ", device_text(like_), ", got ", device_text(x),
+           "; move it with .to(r.device)");
   }
 
   void same_as_r(const char* name, const Tensor& x) const {
@@ -84,31 +86,33 @@ class Checks {
     if (!same_sizes(x, like_.sizes().data(), like_.dim()))
       fail(op_, ": ", name, " must have the shape of r ", shape_text(like_), ", got ", shape_text(x));
     if (x.scalar_type() != like_.scalar_type())
-      fail(op_, ": ", name, " must have r's dtype ", dtype_text(like_.scalar_type()), ", got ", dtype_text(x.scalar_type()),
-           "; convert it with .to(r.dtype)");
+      fail(op_, ": ", name, " must have r's dtype ", dtype_text(like_.scalar_type()), ", got ",
+           dtype_text(x.scalar_type()), "; convert it with .to(r.dtype)");
   }
 
   void shape(const char* name, const Tensor& x, const char* axes, std::initializer_list<int64_t> wanted) const {
     device(name, x);
     const auto dims = static_cast<int64_t>(wanted.size());
     if (!same_sizes(x, wanted.begin(), dims))
-      fail(op_, ": ", name, " must have shape ", axes, " = ", sizes_text(wanted.begin(), dims), ", got ", shape_text(x));
+      fail(op_, ": ", name, " must have shape ", axes, " = ", sizes_text(wanted.begin(), dims), ", got ",
+           shape_text(x));
   }
 
   // w and u: fp32 or r's own dtype.
   void parameter_dtype(const char* name, const Tensor& x) const {
     const ScalarType got = x.scalar_type(), r = like_.scalar_type();
     if (got == r || (got == ScalarType::Float && r != ScalarType::Double)) return;
-    const std::string wanted = r == ScalarType::Double || r == ScalarType::Float ? dtype_text(r)
-                                                                                 : std::string("float32 or ") + dtype_text(r);
+    const std::string wanted = r == ScalarType::Double || r == ScalarType::Float
+                                   ? dtype_text(r)
+                                   : std::string("float32 or ") + dtype_text(r);
     fail(op_, ": ", name, " must be ", wanted, ", got ", dtype_text(got), "; convert it with .to()");
   }
 
   // States: fp32, or fp64 beside fp64 activations.
   void state_dtype(const char* name, const Tensor& x) const {
     if (x.scalar_type() != state_dtype())
-      fail(op_, ": ", name, " must be ", dtype_text(state_dtype()), " beside a ", dtype_text(like_.scalar_type()), " r, got ",
-           dtype_text(x.scalar_type()), "; convert it with .to()");
+      fail(op_, ": ", name, " must be ", dtype_text(state_dtype()), " beside a ", dtype_text(like_.scalar_type()),
+           " r, got ", dtype_text(x.scalar_type()), "; convert it with .to()");
   }
 
   ScalarType state_dtype() const {

@@ -27,11 +27,11 @@ STABLE_TORCH_LIBRARY(rwkv_ext, m) {
         "bool save_for_backward) -> (Tensor y, Tensor state_out, Tensor chunk_states, Tensor scores)");
   m.def("wkv6_forward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor? state, Tensor? cu_seqlens, "
         "bool save_for_backward) -> (Tensor y, Tensor state_out, Tensor chunk_states, Tensor scores)");
-  m.def("wkv5_backward(Tensor? dy, Tensor? dstate_out, Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor? state, "
-        "Tensor? cu_seqlens, Tensor chunk_states, Tensor scores) "
+  m.def("wkv5_backward(Tensor? dy, Tensor? dstate_out, Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, "
+        "Tensor? state, Tensor? cu_seqlens, Tensor chunk_states, Tensor scores) "
         "-> (Tensor dr, Tensor dk, Tensor dv, Tensor dw, Tensor du, Tensor dstate)");
-  m.def("wkv6_backward(Tensor? dy, Tensor? dstate_out, Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor? state, "
-        "Tensor? cu_seqlens, Tensor chunk_states, Tensor scores) "
+  m.def("wkv6_backward(Tensor? dy, Tensor? dstate_out, Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, "
+        "Tensor? state, Tensor? cu_seqlens, Tensor chunk_states, Tensor scores) "
         "-> (Tensor dr, Tensor dk, Tensor dv, Tensor dw, Tensor du, Tensor dstate)");
   m.def("wkv5_step(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor(a!) state, Tensor? slots) -> Tensor");
   m.def("wkv6_step(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor(a!) state, Tensor? slots) -> Tensor");
@@ -42,6 +42,7 @@ STABLE_TORCH_LIBRARY_IMPL(rwkv_ext, CompositeExplicitAutograd, m) { m.impl("buil
 
 // `import rwkv_ext._C` is what loads the library and so registers the ops; the module itself is empty.
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);
 }

@@ -1,5 +1,5 @@
-// The only file that includes torch. Everything goes through LibTorch's stable ABI (target 2.11, set by setup.py), so one
-// binary serves every later torch. Names below are the whole of torch that the rest of csrc/ may use.
+// The only file that includes torch. Everything goes through LibTorch's stable ABI (target 2.11, set by setup.py), so
+// one binary serves every later torch. Names below are the whole of torch that the rest of csrc/ may use.
 #pragma once
 
 #ifndef TORCH_TARGET_VERSION

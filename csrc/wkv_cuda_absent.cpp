@@ -16,7 +16,8 @@ constexpr const char* kRemedy = "rebuild with RWKV_EXT_CUDA=1 pip install --no-b
 #endif
 
 // These kernels are also reached with r elsewhere, when another tensor is on a GPU: then that is what is wrong.
-[[noreturn]] void refuse(const char* op, const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u) {
+[[noreturn]] void refuse(const char* op, const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w,
+                         const Tensor& u) {
   const Checks check(op, r);
   check.device("k", k), check.device("v", v), check.device("w", w), check.device("u", u);
   fail<std::runtime_error>(op, ": r is on ", device_text(r), ", but ", kReason, "; ", kRemedy);
@@ -26,20 +27,22 @@ using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <int kVersion>
-Forward forward(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u, const OptionalTensor&,
-                const OptionalTensor&, bool) {
+Forward forward(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u,
+                const OptionalTensor&, const OptionalTensor&, bool) {
   refuse(kVersion == 5 ? "wkv5" : "wkv6", r, k, v, w, u);
 }
 
 template <int kVersion>
 Backward backward(const OptionalTensor&, const OptionalTensor&, const Tensor& r, const Tensor& k, const Tensor& v,
-                  const Tensor& w, const Tensor& u, const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&) {
+                  const Tensor& w, const Tensor& u, const OptionalTensor&, const OptionalTensor&, const Tensor&,
+                  const Tensor&) {
   refuse(kVersion == 5 ? "wkv5_backward" : "wkv6_backward", r, k, v, w, u);
 }
 
 #ifndef RWKV_CUDA_VERSION
 template <int kVersion>
-Tensor step(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u, Tensor, const OptionalTensor&) {
+Tensor step(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u, Tensor,
+            const OptionalTensor&) {
   refuse(kVersion == 5 ? "wkv5_step" : "wkv6_step", r, k, v, w, u);
 }
 #endif

@@ -12,7 +12,7 @@ inline constexpr int64_t kChunkTokens = 128;  // tokens between two states kept 
 
 constexpr int64_t chunks_of(int64_t tokens) { return (tokens + kChunkTokens - 1) / kChunkTokens; }
 
-// A tensor seen as [B, T, H, N]: strides in elements, the last one is 1. A stride of 0 repeats (Eagle's w over B and T).
+// A tensor seen as [B, T, H, N]: strides in elements, the last one is 1; 0 repeats (Eagle's w over B and T).
 struct View {
   void* data = nullptr;  // nullptr: an absent tensor
   Dtype dtype = Dtype::kFloat32;

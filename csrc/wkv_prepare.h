@@ -41,8 +41,8 @@ inline OptionalTensor contiguous(const OptionalTensor& x) {
   return torch::stable::contiguous(*x);
 }
 
-inline void check_inputs(const Checks& check, Decay decay, const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w,
-                         const Tensor& u) {
+inline void check_inputs(const Checks& check, Decay decay, const Tensor& r, const Tensor& k, const Tensor& v,
+                         const Tensor& w, const Tensor& u) {
   check.activation();
   check.same_as_r("k", k);
   check.same_as_r("v", v);
@@ -51,7 +51,8 @@ inline void check_inputs(const Checks& check, Decay decay, const Tensor& r, cons
     check.shape("w", w, "[H, N]", {heads, size});
   } else {
     check.device("w", w);
-    if (!same_sizes(w, r.sizes().data(), r.dim())) fail(check.op(), ": w must have the shape of r ", shape_text(r), ", got ", shape_text(w));
+    if (!same_sizes(w, r.sizes().data(), r.dim()))
+      fail(check.op(), ": w must have the shape of r ", shape_text(r), ", got ", shape_text(w));
   }
   check.parameter_dtype("w", w);
   check.shape("u", u, "[H, N]", {heads, size});
@@ -116,10 +117,10 @@ inline ForwardCall prepare_forward(const char* op, Decay decay, const Tensor& r,
   return call;
 }
 
-inline BackwardCall prepare_backward(const char* op, Decay decay, const OptionalTensor& dy, const OptionalTensor& dstate_out,
-                                     const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u,
-                                     const OptionalTensor& state, const OptionalTensor& cu_seqlens,
-                                     const Tensor& chunk_states) {
+inline BackwardCall prepare_backward(const char* op, Decay decay, const OptionalTensor& dy,
+                                     const OptionalTensor& dstate_out, const Tensor& r, const Tensor& k,
+                                     const Tensor& v, const Tensor& w, const Tensor& u, const OptionalTensor& state,
+                                     const OptionalTensor& cu_seqlens, const Tensor& chunk_states) {
   const Checks check(op, r);
   check.rank("[B, T, H, N]", 4);
   check_inputs(check, decay, r, k, v, w, u);
@@ -134,8 +135,8 @@ inline BackwardCall prepare_backward(const char* op, Decay decay, const Optional
   check.device("chunk_states", chunk_states);
   check.state_dtype("chunk_states", chunk_states);
   if (chunk_states.numel() != p.shape.chunks * heads * size * size)
-    fail(check.op(), ": chunk_states must hold ", p.shape.chunks, " states of [H, N, N] = ", "[", heads, ", ", size, ", ", size,
-         "], got shape ", shape_text(chunk_states), "; run the forward op with save_for_backward = true");
+    fail(check.op(), ": chunk_states must hold ", p.shape.chunks, " states of [H, N, N] = ", "[", heads, ", ", size,
+         ", ", size, "], got shape ", shape_text(chunk_states), "; run the forward op with save_for_backward = true");
 
   call.r = with_unit_last_stride(r), call.k = with_unit_last_stride(k), call.v = with_unit_last_stride(v);
   call.w = with_unit_last_stride(w), call.u = with_unit_last_stride(u);
@@ -160,8 +161,8 @@ inline BackwardCall prepare_backward(const char* op, Decay decay, const Optional
   return call;
 }
 
-inline StepCall prepare_step(const char* op, Decay decay, const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w,
-                             const Tensor& u, const Tensor& state, const OptionalTensor& slots) {
+inline StepCall prepare_step(const char* op, Decay decay, const Tensor& r, const Tensor& k, const Tensor& v,
+                             const Tensor& w, const Tensor& u, const Tensor& state, const OptionalTensor& slots) {
   const Checks check(op, r);
   check.rank("[B, H, N]", 3);
   check_inputs(check, decay, r, k, v, w, u);
@@ -179,7 +180,8 @@ inline StepCall prepare_step(const char* op, Decay decay, const Tensor& r, const
          sizes_text(state.strides().data(), state.dim()), "; call .contiguous() once and keep the result");
   if (slots) {
     check.shape("slots", *slots, "[B]", {p.shape.batch});
-    if (slots->scalar_type() != ScalarType::Long) fail(op, ": slots must be int64, got ", dtype_text(slots->scalar_type()));
+    if (slots->scalar_type() != ScalarType::Long)
+      fail(op, ": slots must be int64, got ", dtype_text(slots->scalar_type()));
   }
   call.r = with_unit_last_stride(r), call.k = with_unit_last_stride(k), call.v = with_unit_last_stride(v);
   call.w = with_unit_last_stride(w), call.u = with_unit_last_stride(u);

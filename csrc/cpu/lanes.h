@@ -1,5 +1,5 @@
-// Vectors of the width this translation unit is compiled for (RWKV_LANE_BYTES), the exponential on them, and rows of any
-// dtype in and out. Included after the target pragma, inside namespace rwkv::RWKV_ISA: never from two widths at once.
+// Vectors of the width this translation unit is compiled for (RWKV_LANE_BYTES), the exponential on them, and rows of
+// any dtype in and out. Included after the target pragma, inside namespace rwkv::RWKV_ISA: once per width.
 
 template <class T>
 struct LaneTypes;

@@ -5,9 +5,10 @@
 //   du[i]   = sum_t r_t[i] k_t[i] (v_t . q_t)
 //   dw_t[i] = -exp(w_t[i]) e_t[i] sum_j S_{t-1}[i,j] G_t[i,j]        (0 where e underflows to 0)
 //   G_{t-1}[i,j] = e_t[i] G_t[i,j] + r_t[i] q_t[j],   dstate = G_{-1}
-// S runs forward and G backward, so the states are recomputed: from the saved one of each 128-token chunk to one every
-// kBlockTokens, then to every token of one block at a time. Both matrices lie here as [value j][key i]: then dr, dk and dw
-// add up lane by lane and only dv needs a sum across lanes. Included after wkv_recurrence.h, inside rwkv::RWKV_ISA.
+// S runs forward and G backward, so the states are recomputed: from the saved one of each 128-token chunk to one
+// every kBlockTokens, then to every token of one block at a time. Both matrices lie here as [value j][key i]: then
+// dr, dk and dw add up lane by lane and only dv needs a sum across lanes. Included after wkv_recurrence.h, inside
+// rwkv::RWKV_ISA.
 
 inline constexpr int64_t kBlockTokens = 16;
 inline constexpr int64_t kChunkBlocks = kChunkTokens / kBlockTokens;
@@ -33,7 +34,8 @@ inline void next_state(const T* from, T* to, const TokenRows<T>& row, int64_t si
     for (int64_t j = 0; j < size; ++j)
       for (int p = 0; p < kWidth; ++p) {
         const int64_t i = column + p * kLanes<T>;
-        store<T>(to + j * stride + i, load<T>(row.decay + i) * load<T>(from + j * stride + i) + load<T>(row.k + i) * row.v[j]);
+        store<T>(to + j * stride + i,
+                 load<T>(row.decay + i) * load<T>(from + j * stride + i) + load<T>(row.k + i) * row.v[j]);
       }
   });
 }
@@ -84,7 +86,8 @@ class BackwardSequence {
     for (int64_t t = 0; t < rows_used_; ++t) {
       TokenRows<T>& row = rows_[t];
       row.state = scratch_.take(square);
-      for (T** piece : {&row.r, &row.k, &row.v, &row.w, &row.rate, &row.decay, &row.dy}) *piece = scratch_.take(stride_);
+      for (T** piece : {&row.r, &row.k, &row.v, &row.w, &row.rate, &row.decay, &row.dy})
+        *piece = scratch_.take(stride_);
     }
     for (T** piece : {&u_, &dr_, &dk_, &dv_, &x_, &dw_, &du_block_, &dw_block_}) *piece = scratch_.take(stride_);
     dv_lanes_ = scratch_.take(size_ * kLanes<T>);

@@ -50,7 +50,8 @@ std::vector<Sequence> sequences_of(const char* op, const WkvShape& shape) {
   for (int64_t i = 0; i < shape.sequences; ++i) {
     const int64_t first = bound(i), end = bound(i + 1);
     if (end < first) fail(op, ": cu_seqlens must not decrease, got ", first, " before ", end, " at index ", i + 1);
-    if (end > shape.tokens) fail(op, ": cu_seqlens must not exceed T = ", shape.tokens, ", got ", end, " at index ", i + 1);
+    if (end > shape.tokens)
+      fail(op, ": cu_seqlens must not exceed T = ", shape.tokens, ", got ", end, " at index ", i + 1);
     sequences[i] = {i, 0, first, end - first, chunk};
     chunk += chunks_of(end - first);
   }

@@ -9,7 +9,8 @@ namespace {
 #include "cpu/wkv_adjoint.h"
 
 void forward(const WkvForwardParams& params, const Sequence& sequence, int64_t head) {
-  params.shape.fp64 ? forward_sequence<double>(params, sequence, head) : forward_sequence<float>(params, sequence, head);
+  params.shape.fp64 ? forward_sequence<double>(params, sequence, head)
+                    : forward_sequence<float>(params, sequence, head);
 }
 
 void backward(const WkvBackwardParams& params, const Sequence& sequence, int64_t head) {

@@ -1,8 +1,8 @@
 // The WKV recurrence, forward (arXiv 2404.05892, section 4; S is the state, e = exp(-exp(w)) the decay, per head):
 //   y_t[j]   = sum_i r_t[i] (S_{t-1}[i,j] + u[i] k_t[i] v_t[j])
 //   S_t[i,j] = e_t[i] S_{t-1}[i,j] + k_t[i] v_t[j]
-// Included after lanes.h, inside namespace rwkv::RWKV_ISA. Rows are padded with zeros to whole lanes, so any head size works
-// and no loop has a tail. T is the arithmetic type, float or double.
+// Included after lanes.h, inside namespace rwkv::RWKV_ISA. Rows are padded with zeros to whole lanes, so any head
+// size works and no loop has a tail. T is the arithmetic type, float or double.
 
 inline int64_t padded(int64_t size, int64_t lanes) { return (size + lanes - 1) / lanes * lanes; }
 
@@ -11,9 +11,11 @@ template <class T, int kWidest = 4, class Body>
 inline void for_panels(int64_t size, const Body& body) {
   const int64_t lanes = kLanes<T>;
   int64_t column = 0;
-  for (; column + kWidest * lanes <= size; column += kWidest * lanes) body(column, std::integral_constant<int, kWidest>());
+  for (; column + kWidest * lanes <= size; column += kWidest * lanes)
+    body(column, std::integral_constant<int, kWidest>());
   if constexpr (kWidest > 1) {
-    for (; column + 2 * lanes <= size && kWidest > 2; column += 2 * lanes) body(column, std::integral_constant<int, 2>());
+    for (; column + 2 * lanes <= size && kWidest > 2; column += 2 * lanes)
+      body(column, std::integral_constant<int, 2>());
     for (; column < size; column += lanes) body(column, std::integral_constant<int, 1>());
   }
 }

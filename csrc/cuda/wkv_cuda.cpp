@@ -26,13 +26,14 @@ Tensor step(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, 
     fail(op, ": head size must be 32, 64 or 128 on CUDA, got ", call.params.shape.head_size, "; run it on the CPU");
   const uintptr_t alignment = 4 * (call.params.shape.fp64 ? sizeof(double) : sizeof(float));  // of the kernel's loads
   if (reinterpret_cast<uintptr_t>(call.params.state) % alignment)
-    fail(op, ": state must start at a multiple of ", alignment, " bytes on CUDA, got storage offset ", state.storage_offset(),
-         "; call .clone() once and keep the result");
+    fail(op, ": state must start at a multiple of ", alignment, " bytes on CUDA, got storage offset ",
+         state.storage_offset(), "; call .clone() once and keep the result");
   const int32_t device = r.get_device_index();
   void* stream = current_stream(op, device);
   const torch::stable::accelerator::DeviceGuard guard(device);
   if (const int error = launch_wkv_step(call.params, stream))
-    fail<std::runtime_error>(op, ": launch for r ", shape_text(r), " on cuda:", device, " failed: ", cuda_error_text(error));
+    fail<std::runtime_error>(op, ": launch for r ", shape_text(r), " on cuda:", device,
+                             " failed: ", cuda_error_text(error));
   return call.y;
 }
 

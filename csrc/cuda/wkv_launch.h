@@ -1,4 +1,4 @@
-// What the CUDA half offers to wkv_cuda.cpp. No torch and no CUDA type: a stream is void*, an error is cudaError_t's value.
+// What the CUDA half offers to wkv_cuda.cpp. No torch and no CUDA type: a stream is void*, an error is a cudaError_t.
 #pragma once
 
 #include "wkv_params.h"

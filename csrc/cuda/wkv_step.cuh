@@ -1,6 +1,6 @@
 // One token of the WKV recurrence for decoding, state updated in place (equations: cpu/wkv_recurrence.h).
-// One block per (batch row, head). The state, N * N * 4 bytes read and written once, is all the traffic that counts: each
-// thread keeps four value columns of N / kRowGroups key rows, so a warp touches whole 128-byte lines.
+// One block per (batch row, head). The state, N * N * 4 bytes read and written once, is all the traffic that counts:
+// each thread keeps four value columns of N / kRowGroups key rows, so a warp touches whole 128-byte lines.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -49,7 +49,8 @@ __global__ void __launch_bounds__(kStepThreads) wkv_step_kernel(WkvStepParams p)
   const int64_t slot = p.slots ? p.slots[row] : row;
   const auto at = [&](const View& view, int i) { return row * view.batch_stride + head * view.head_stride + i; };
   if (slot < 0 || slot >= p.shape.sequences) {  // a skipped row is 0; a slot that does not exist is NaN
-    for (int i = threadIdx.x; i < kSize; i += kStepThreads) store_element<T>(p.y, at(p.y, i), slot == -1 ? T(0) : T(NAN));
+    for (int i = threadIdx.x; i < kSize; i += kStepThreads)
+      store_element<T>(p.y, at(p.y, i), slot == -1 ? T(0) : T(NAN));
     return;
   }
   for (int i = threadIdx.x; i < kSize; i += kStepThreads) {
