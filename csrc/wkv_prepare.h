@@ -59,6 +59,17 @@ inline void check_inputs(const Checks& check, Decay decay, const Tensor& r, cons
   check.parameter_dtype("u", u);
 }
 
+// Checks the five inputs that every op has, keeps them in the call and points its params at them.
+template <class Call>
+void take_inputs(Call& call, const Checks& check, Decay decay, const Tensor& r, const Tensor& k, const Tensor& v,
+                 const Tensor& w, const Tensor& u) {
+  check_inputs(check, decay, r, k, v, w, u);
+  call.r = with_unit_last_stride(r), call.k = with_unit_last_stride(k), call.v = with_unit_last_stride(v);
+  call.w = with_unit_last_stride(w), call.u = with_unit_last_stride(u);
+  auto& p = call.params;
+  p.r = view_of(call.r), p.k = view_of(call.k), p.v = view_of(call.v), p.w = view_of(call.w), p.u = view_of(call.u);
+}
+
 inline WkvShape shape_of(const Checks& check, Decay decay, const Tensor& r, const OptionalTensor& cu_seqlens) {
   WkvShape shape;
   shape.batch = r.size(0), shape.tokens = r.size(1), shape.heads = r.size(2), shape.head_size = r.size(3);
@@ -87,16 +98,14 @@ inline ForwardCall prepare_forward(const char* op, Decay decay, const Tensor& r,
                                    const OptionalTensor& cu_seqlens, bool save_for_backward) {
   const Checks check(op, r);
   check.rank("[B, T, H, N]", 4);
-  check_inputs(check, decay, r, k, v, w, u);
   ForwardCall call;
   WkvForwardParams& p = call.params;
+  take_inputs(call, check, decay, r, k, v, w, u);
   call.cu_seqlens = contiguous(cu_seqlens);
   p.shape = shape_of(check, decay, r, call.cu_seqlens);
   if (state) check_state(check, "state", *state, p.shape);
 
   const int64_t heads = p.shape.heads, size = p.shape.head_size;
-  call.r = with_unit_last_stride(r), call.k = with_unit_last_stride(k), call.v = with_unit_last_stride(v);
-  call.w = with_unit_last_stride(w), call.u = with_unit_last_stride(u);
   call.state = contiguous(state);
   call.y = new_empty(r, {p.shape.batch, p.shape.tokens, heads, size}, r.scalar_type());
   call.state_out = new_empty(r, {p.shape.sequences, heads, size, size}, check.state_dtype());
@@ -109,7 +118,6 @@ inline ForwardCall prepare_forward(const char* op, Decay decay, const Tensor& r,
         new_empty(r, {p.shape.batch, chunks_of(p.shape.tokens), heads, size, size}, check.state_dtype());
   call.scores = new_empty(r, {0}, check.state_dtype());
 
-  p.r = view_of(call.r), p.k = view_of(call.k), p.v = view_of(call.v), p.w = view_of(call.w), p.u = view_of(call.u);
   p.y = view_of(call.y);
   p.state = call.state ? call.state->data_ptr() : nullptr;
   p.state_out = call.state_out.data_ptr();
@@ -123,9 +131,9 @@ inline BackwardCall prepare_backward(const char* op, Decay decay, const Optional
                                      const OptionalTensor& cu_seqlens, const Tensor& chunk_states) {
   const Checks check(op, r);
   check.rank("[B, T, H, N]", 4);
-  check_inputs(check, decay, r, k, v, w, u);
   BackwardCall call;
   WkvBackwardParams& p = call.params;
+  take_inputs(call, check, decay, r, k, v, w, u);
   call.cu_seqlens = contiguous(cu_seqlens);
   p.shape = shape_of(check, decay, r, call.cu_seqlens);
   if (dy) check.same_as_r("dy", *dy);
@@ -138,8 +146,6 @@ inline BackwardCall prepare_backward(const char* op, Decay decay, const Optional
     fail(check.op(), ": chunk_states must hold ", p.shape.chunks, " states of [H, N, N] = ", "[", heads, ", ", size,
          ", ", size, "], got shape ", shape_text(chunk_states), "; run the forward op with save_for_backward = true");
 
-  call.r = with_unit_last_stride(r), call.k = with_unit_last_stride(k), call.v = with_unit_last_stride(v);
-  call.w = with_unit_last_stride(w), call.u = with_unit_last_stride(u);
   if (dy) call.dy = with_unit_last_stride(*dy);
   call.dstate_out = contiguous(dstate_out);
   call.chunk_states = chunk_states.is_contiguous() ? chunk_states : torch::stable::contiguous(chunk_states);
@@ -151,7 +157,6 @@ inline BackwardCall prepare_backward(const char* op, Decay decay, const Optional
   call.dstate = state ? new_empty(r, {p.shape.sequences, heads, size, size}, check.state_dtype())
                       : new_empty(r, {0}, check.state_dtype());
 
-  p.r = view_of(call.r), p.k = view_of(call.k), p.v = view_of(call.v), p.w = view_of(call.w), p.u = view_of(call.u);
   if (call.dy) p.dy = view_of(*call.dy);
   p.dr = view_of(call.dr), p.dk = view_of(call.dk), p.dv = view_of(call.dv);
   if (decay == Decay::kFinch) p.dw = view_of(call.dw);
@@ -165,9 +170,9 @@ inline StepCall prepare_step(const char* op, Decay decay, const Tensor& r, const
                              const Tensor& w, const Tensor& u, const Tensor& state, const OptionalTensor& slots) {
   const Checks check(op, r);
   check.rank("[B, H, N]", 3);
-  check_inputs(check, decay, r, k, v, w, u);
   StepCall call;
   WkvStepParams& p = call.params;
+  take_inputs(call, check, decay, r, k, v, w, u);
   p.shape.batch = r.size(0), p.shape.tokens = 1, p.shape.heads = r.size(1), p.shape.head_size = r.size(2);
   p.shape.constant_decay = decay == Decay::kEagle;
   p.shape.fp64 = r.scalar_type() == ScalarType::Double;
@@ -183,11 +188,8 @@ inline StepCall prepare_step(const char* op, Decay decay, const Tensor& r, const
     if (slots->scalar_type() != ScalarType::Long)
       fail(op, ": slots must be int64, got ", dtype_text(slots->scalar_type()));
   }
-  call.r = with_unit_last_stride(r), call.k = with_unit_last_stride(k), call.v = with_unit_last_stride(v);
-  call.w = with_unit_last_stride(w), call.u = with_unit_last_stride(u);
   call.slots = contiguous(slots);
   call.y = new_empty(r, {p.shape.batch, heads, size}, r.scalar_type());
-  p.r = view_of(call.r), p.k = view_of(call.k), p.v = view_of(call.v), p.w = view_of(call.w), p.u = view_of(call.u);
   p.y = view_of(call.y);
   p.state = state.data_ptr();
   p.slots = call.slots ? static_cast<const int64_t*>(call.slots->data_ptr()) : nullptr;
