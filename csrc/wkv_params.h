@@ -4,13 +4,19 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define RWKV_HOST_DEVICE __host__ __device__
+#else
+#define RWKV_HOST_DEVICE
+#endif
+
 namespace rwkv {
 
 enum class Dtype : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
 inline constexpr int64_t kChunkTokens = 128;  // tokens between two states kept for backward
 
-constexpr int64_t chunks_of(int64_t tokens) { return (tokens + kChunkTokens - 1) / kChunkTokens; }
+RWKV_HOST_DEVICE constexpr int64_t chunks_of(int64_t tokens) { return (tokens + kChunkTokens - 1) / kChunkTokens; }
 
 // A tensor seen as [B, T, H, N]: strides in elements, the last one is 1; 0 repeats (Eagle's w over B and T).
 struct View {
@@ -42,6 +48,7 @@ struct WkvForwardParams {
   const void* state = nullptr;   // [S, H, N, N] contiguous; nullptr: zeros
   void* state_out = nullptr;     // [S, H, N, N] contiguous
   void* chunk_states = nullptr;  // [chunks, H, N, N] contiguous; nullptr: not saved
+  void* scores = nullptr;        // [B, H, T, 16] fp32 (CUDA): A of each token's 16-token chunk; or nullptr
 };
 
 struct WkvBackwardParams {
@@ -50,6 +57,7 @@ struct WkvBackwardParams {
   View dr, dk, dv, dw;         // outputs; dw is absent for Eagle, whose sum goes through dw_partial
   const void* dstate_out = nullptr;    // [S, H, N, N]; nullptr: zeros
   const void* chunk_states = nullptr;  // as forward saved it
+  const void* scores = nullptr;        // as forward saved it
   void* dstate = nullptr;              // [S, H, N, N]; nullptr: not wanted
   double* du_partial = nullptr;        // [S, H, N]: one sequence's share
   double* dw_partial = nullptr;        // [S, H, N] (Eagle)

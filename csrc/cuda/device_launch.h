@@ -1,0 +1,43 @@
+// Host side of a kernel launch: errors are cudaError_t as int, a stream is void*. The emulator has its own version.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <climits>
+#include <cstdint>
+
+namespace rwkv {
+
+inline constexpr int kNotSupported = cudaErrorNotSupported;
+
+// Launches blocks * threads of kernel(params) with shared_bytes of dynamic shared memory. Does not wait.
+template <class Params>
+int launch(void (*kernel)(Params), int64_t blocks, int threads, int shared_bytes, const Params& params, void* stream) {
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
+  if (shared_bytes > 48 * 1024)  // more than a kernel gets without asking
+    if (const cudaError_t error =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes))
+      return error;
+  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
+  return cudaGetLastError();
+}
+
+// How many blocks of the kernel the current device holds at once.
+template <class Params>
+int resident_blocks(void (*kernel)(Params), int threads, int shared_bytes, int64_t& blocks) {
+  int device = 0, processors = 0, each = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  if (const cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device))
+    return error;
+  if (shared_bytes > 48 * 1024)
+    if (const cudaError_t error =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes))
+      return error;
+  if (const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared_bytes))
+    return error;
+  blocks = static_cast<int64_t>(processors) * each;
+  return cudaSuccess;
+}
+
+}  // namespace rwkv
