@@ -63,6 +63,16 @@ struct WkvBackwardParams {
   double* dw_partial = nullptr;        // [S, H, N] (Eagle)
 };
 
+// A sequence seen from outside: the state after it is decay * (state before it) + state. The same of the adjoint, which
+// runs against time: r and dy stand in for k and v, and state is the gradient of sum(y * dy) by the state before it.
+struct WkvSummaryParams {
+  WkvShape shape;
+  View k, v, w;            // r, dy, w of the adjoint
+  bool adjoint = false;
+  void* decay = nullptr;   // [S, H, N] contiguous: product of exp(-exp(w)); nullptr: not wanted
+  void* state = nullptr;   // [S, H, N, N] contiguous: from zeros
+};
+
 struct WkvStepParams {
   WkvShape shape;      // tokens = 1, sequences = slots in state
   View r, k, v, w, u;  // [B, H, N] with token_stride 0
