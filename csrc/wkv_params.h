@@ -61,6 +61,7 @@ struct WkvBackwardParams {
   void* dstate = nullptr;              // [S, H, N, N]; nullptr: not wanted
   double* du_partial = nullptr;        // [S, H, N]: one sequence's share
   double* dw_partial = nullptr;        // [S, H, N] (Eagle)
+  View du, dw_sum;                     // [H, N], u's and w's dtype: CUDA's own second stage writes them (dw_sum: Eagle)
 };
 
 // A sequence seen from outside: the state after it is decay * (state before it) + state. The same of the adjoint, which

@@ -2,8 +2,8 @@
 // void*, an error is a cudaError_t as int (0: none). Nothing here waits for the device or allocates on it.
 //
 //   WkvPlan plan;
-//   error = plan_wkv_forward(params, {}, plan);                       // which kernels, how many segments, how much memory
-//   error = launch_wkv_forward(params, plan, workspace, stream);      // workspace: plan.workspace_bytes, 256-byte aligned
+//   error = plan_wkv_forward(params, {}, plan);                   // which kernels, how many segments, how much memory
+//   error = launch_wkv_forward(params, plan, workspace, stream);  // workspace: plan.workspace_bytes, 256-byte aligned
 #pragma once
 
 #include <optional>
@@ -45,6 +45,9 @@ int launch_wkv_forward(const WkvForwardParams& params, const WkvPlan& plan, void
 // Writes params.du and, for Eagle, params.dw_sum as well; du_partial and dw_partial of the params are not used.
 int plan_wkv_backward(const WkvBackwardParams& params, const WkvForced& forced, WkvPlan& plan);
 int launch_wkv_backward(const WkvBackwardParams& params, const WkvPlan& plan, void* workspace, void* stream);
+
+int plan_wkv_summary(const WkvSummaryParams& params, const WkvForced& forced, WkvPlan& plan);
+int launch_wkv_summary(const WkvSummaryParams& params, const WkvPlan& plan, void* workspace, void* stream);
 
 int launch_wkv_step(const WkvStepParams& params, void* stream);
 
