@@ -59,6 +59,13 @@ __device__ inline Segment segment_of(const WkvShape& shape, const WorkSchedule& 
   return found;
 }
 
+// The first token of the segment in one of the op's tensors, channel 0.
+template <class T>
+__device__ inline T* start_of(const View& view, const Segment& segment, int64_t head) {
+  return static_cast<T*>(view.data) + segment.row * view.batch_stride + segment.item.first_token * view.token_stride +
+         head * view.head_stride;
+}
+
 // ---- what the kernels are launched with ----
 
 struct ForwardTask {
