@@ -56,10 +56,11 @@ inline std::string device_text(const Tensor& x) {
   return x.is_cuda() ? "cuda:" + std::to_string(x.get_device_index()) : "another device";
 }
 
-// The checks of one op. `like` is r: the tensor that the others must agree with.
+// The checks of one op. `like` is the tensor that the others must agree with: r, or what like_name says.
 class Checks {
  public:
-  Checks(const char* op, const Tensor& like) : op_(op), like_(like) {}
+  Checks(const char* op, const Tensor& like, const char* like_name = "r")
+      : op_(op), like_(like), like_name_(like_name) {}
 
   const char* op() const { return op_; }
 
@@ -67,27 +68,33 @@ class Checks {
     const ScalarType dtype = like_.scalar_type();
     if (dtype != ScalarType::Float && dtype != ScalarType::Double && dtype != ScalarType::BFloat16 &&
         dtype != ScalarType::Half)
-      fail(op_, ": r must be float32, float64, bfloat16 or float16, got ", dtype_text(dtype));
+      fail(op_, ": ", like_name_, " must be float32, float64, bfloat16 or float16, got ", dtype_text(dtype));
   }
 
   void rank(const char* axes, int64_t wanted) const {
-    if (like_.dim() != wanted) fail(op_, ": r must have ", wanted, " dimensions ", axes, ", got ", shape_text(like_));
-    if (like_.size(wanted - 1) < 1) fail(op_, ": r must have a head size N of at least 1, got ", shape_text(like_));
+    if (like_.dim() != wanted)
+      fail(op_, ": ", like_name_, " must have ", wanted, " dimensions ", axes, ", got ", shape_text(like_));
+    if (like_.size(wanted - 1) < 1)
+      fail(op_, ": ", like_name_, " must have a head size N of at least 1, got ", shape_text(like_));
   }
 
   void device(const char* name, const Tensor& x) const {
     if (x.is_cpu() != like_.is_cpu() || x.get_device_index() != like_.get_device_index())
-      fail(op_, ": ", name, " must be on r's device ", device_text(like_), ", got ", device_text(x),
-           "; move it with .to(r.device)");
+      fail(op_, ": ", name, " must be on ", like_name_, "'s device ", device_text(like_), ", got ", device_text(x),
+           "; move it with .to(", like_name_, ".device)");
   }
 
-  void same_as_r(const char* name, const Tensor& x) const {
+  void same_shape(const char* name, const Tensor& x) const {
     device(name, x);
     if (!same_sizes(x, like_.sizes().data(), like_.dim()))
-      fail(op_, ": ", name, " must have the shape of r ", shape_text(like_), ", got ", shape_text(x));
+      fail(op_, ": ", name, " must have the shape of ", like_name_, " ", shape_text(like_), ", got ", shape_text(x));
+  }
+
+  void same_shape_and_dtype(const char* name, const Tensor& x) const {
+    same_shape(name, x);
     if (x.scalar_type() != like_.scalar_type())
-      fail(op_, ": ", name, " must have r's dtype ", dtype_text(like_.scalar_type()), ", got ",
-           dtype_text(x.scalar_type()), "; convert it with .to(r.dtype)");
+      fail(op_, ": ", name, " must have ", like_name_, "'s dtype ", dtype_text(like_.scalar_type()), ", got ",
+           dtype_text(x.scalar_type()), "; convert it with .to(", like_name_, ".dtype)");
   }
 
   void shape(const char* name, const Tensor& x, const char* axes, std::initializer_list<int64_t> wanted) const {
@@ -111,8 +118,8 @@ class Checks {
   // States: fp32, or fp64 beside fp64 activations.
   void state_dtype(const char* name, const Tensor& x) const {
     if (x.scalar_type() != state_dtype())
-      fail(op_, ": ", name, " must be ", dtype_text(state_dtype()), " beside a ", dtype_text(like_.scalar_type()),
-           " r, got ", dtype_text(x.scalar_type()), "; convert it with .to()");
+      fail(op_, ": ", name, " must be ", dtype_text(state_dtype()), " beside a ", dtype_text(like_.scalar_type()), " ",
+           like_name_, ", got ", dtype_text(x.scalar_type()), "; convert it with .to()");
   }
 
   ScalarType state_dtype() const {
@@ -126,12 +133,14 @@ class Checks {
     if (x.dim() != 1 || x.size(0) < 2)
       fail(op_, ": cu_seqlens must have shape [sequences + 1] with at least one sequence, got ", shape_text(x));
     if (like_.size(0) != 1)
-      fail(op_, ": r must have B = 1 with cu_seqlens, got ", shape_text(like_), "; concatenate the sequences along T");
+      fail(op_, ": ", like_name_, " must have B = 1 with cu_seqlens, got ", shape_text(like_),
+           "; concatenate the sequences along T");
   }
 
  private:
   const char* op_;
   const Tensor& like_;
+  const char* like_name_;
 };
 
 inline Dtype dtype_of(const Tensor& x) {

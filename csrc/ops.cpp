@@ -33,6 +33,10 @@ STABLE_TORCH_LIBRARY(rwkv_ext, m) {
   m.def("wkv6_backward(Tensor? dy, Tensor? dstate_out, Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, "
         "Tensor? state, Tensor? cu_seqlens, Tensor chunk_states, Tensor scores) "
         "-> (Tensor dr, Tensor dk, Tensor dv, Tensor dw, Tensor du, Tensor dstate)");
+  m.def("wkv5_summary(Tensor k, Tensor v, Tensor w, Tensor? cu_seqlens) -> (Tensor decay, Tensor state)");
+  m.def("wkv6_summary(Tensor k, Tensor v, Tensor w, Tensor? cu_seqlens) -> (Tensor decay, Tensor state)");
+  m.def("wkv5_adjoint_summary(Tensor r, Tensor w, Tensor dy, Tensor? cu_seqlens) -> Tensor dstate");
+  m.def("wkv6_adjoint_summary(Tensor r, Tensor w, Tensor dy, Tensor? cu_seqlens) -> Tensor dstate");
   m.def("wkv5_step(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor(a!) state, Tensor? slots) -> Tensor");
   m.def("wkv6_step(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor(a!) state, Tensor? slots) -> Tensor");
   m.def("build_info() -> str");

@@ -1,5 +1,7 @@
 // What an op says on CUDA tensors when this build has no CUDA kernel for it.
+#include <initializer_list>
 #include <tuple>
+#include <utility>
 
 #include "checks.h"
 #include "torch_api.h"
@@ -15,12 +17,17 @@ constexpr const char* kReason = "rwkv_ext was built without CUDA";
 constexpr const char* kRemedy = "rebuild with RWKV_EXT_CUDA=1 pip install --no-build-isolation -e .";
 #endif
 
-// These kernels are also reached with r elsewhere, when another tensor is on a GPU: then that is what is wrong.
+// These kernels are also reached with the first tensor elsewhere, when another tensor is on a GPU: then that is what is wrong.
+[[noreturn]] void refuse(const char* op, const char* name, const Tensor& first,
+                         std::initializer_list<std::pair<const char*, const Tensor&>> others) {
+  const Checks check(op, first, name);
+  for (const auto& [other_name, other] : others) check.device(other_name, other);
+  fail<std::runtime_error>(op, ": ", name, " is on ", device_text(first), ", but ", kReason, "; ", kRemedy);
+}
+
 [[noreturn]] void refuse(const char* op, const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w,
                          const Tensor& u) {
-  const Checks check(op, r);
-  check.device("k", k), check.device("v", v), check.device("w", w), check.device("u", u);
-  fail<std::runtime_error>(op, ": r is on ", device_text(r), ", but ", kReason, "; ", kRemedy);
+  refuse(op, "r", r, {{"k", k}, {"v", v}, {"w", w}, {"u", u}});
 }
 
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
@@ -39,6 +46,16 @@ Backward backward(const OptionalTensor&, const OptionalTensor&, const Tensor& r,
   refuse(kVersion == 5 ? "wkv5_backward" : "wkv6_backward", r, k, v, w, u);
 }
 
+template <int kVersion>
+std::tuple<Tensor, Tensor> summary(const Tensor& k, const Tensor& v, const Tensor& w, const OptionalTensor&) {
+  refuse(kVersion == 5 ? "wkv5_summary" : "wkv6_summary", "k", k, {{"v", v}, {"w", w}});
+}
+
+template <int kVersion>
+Tensor adjoint_summary(const Tensor& r, const Tensor& w, const Tensor& dy, const OptionalTensor&) {
+  refuse(kVersion == 5 ? "wkv5_adjoint_summary" : "wkv6_adjoint_summary", "r", r, {{"w", w}, {"dy", dy}});
+}
+
 #ifndef RWKV_CUDA_VERSION
 template <int kVersion>
 Tensor step(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u, Tensor,
@@ -55,6 +72,10 @@ STABLE_TORCH_LIBRARY_IMPL(rwkv_ext, CUDA, m) {
   m.impl("wkv6_forward", TORCH_BOX(&rwkv::forward<6>));
   m.impl("wkv5_backward", TORCH_BOX(&rwkv::backward<5>));
   m.impl("wkv6_backward", TORCH_BOX(&rwkv::backward<6>));
+  m.impl("wkv5_summary", TORCH_BOX(&rwkv::summary<5>));
+  m.impl("wkv6_summary", TORCH_BOX(&rwkv::summary<6>));
+  m.impl("wkv5_adjoint_summary", TORCH_BOX(&rwkv::adjoint_summary<5>));
+  m.impl("wkv6_adjoint_summary", TORCH_BOX(&rwkv::adjoint_summary<6>));
 #ifndef RWKV_CUDA_VERSION
   m.impl("wkv5_step", TORCH_BOX(&rwkv::step<5>));
   m.impl("wkv6_step", TORCH_BOX(&rwkv::step<6>));

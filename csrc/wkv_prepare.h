@@ -41,21 +41,21 @@ inline OptionalTensor contiguous(const OptionalTensor& x) {
   return torch::stable::contiguous(*x);
 }
 
+inline void check_decay(const Checks& check, Decay decay, const Tensor& like, const Tensor& w) {
+  if (decay == Decay::kEagle)
+    check.shape("w", w, "[H, N]", {like.size(like.dim() - 2), like.size(like.dim() - 1)});
+  else
+    check.same_shape("w", w);
+  check.parameter_dtype("w", w);
+}
+
 inline void check_inputs(const Checks& check, Decay decay, const Tensor& r, const Tensor& k, const Tensor& v,
                          const Tensor& w, const Tensor& u) {
   check.activation();
-  check.same_as_r("k", k);
-  check.same_as_r("v", v);
-  const int64_t heads = r.size(r.dim() - 2), size = r.size(r.dim() - 1);
-  if (decay == Decay::kEagle) {
-    check.shape("w", w, "[H, N]", {heads, size});
-  } else {
-    check.device("w", w);
-    if (!same_sizes(w, r.sizes().data(), r.dim()))
-      fail(check.op(), ": w must have the shape of r ", shape_text(r), ", got ", shape_text(w));
-  }
-  check.parameter_dtype("w", w);
-  check.shape("u", u, "[H, N]", {heads, size});
+  check.same_shape_and_dtype("k", k);
+  check.same_shape_and_dtype("v", v);
+  check_decay(check, decay, r, w);
+  check.shape("u", u, "[H, N]", {r.size(r.dim() - 2), r.size(r.dim() - 1)});
   check.parameter_dtype("u", u);
 }
 
@@ -136,7 +136,7 @@ inline BackwardCall prepare_backward(const char* op, Decay decay, const Optional
   take_inputs(call, check, decay, r, k, v, w, u);
   call.cu_seqlens = contiguous(cu_seqlens);
   p.shape = shape_of(check, decay, r, call.cu_seqlens);
-  if (dy) check.same_as_r("dy", *dy);
+  if (dy) check.same_shape_and_dtype("dy", *dy);
   if (dstate_out) check_state(check, "dstate_out", *dstate_out, p.shape);
   if (state) check_state(check, "state", *state, p.shape);
   const int64_t heads = p.shape.heads, size = p.shape.head_size;

@@ -18,20 +18,22 @@ def _state_dtype(r):
     return torch.float64 if r.dtype == torch.float64 else torch.float32
 
 
-def _check(op, r, axes, **others):
+def _check(op, axes, **tensors):
     """Check what the fakes below rely on, in the words of the kernels, which never see tensors without data."""
+    (first, like), *others = tensors.items()
     dims = axes.count(",") + 1
-    if r.dim() != dims:
-        raise ValueError(f"{op}: r must have {dims} dimensions {axes}, got {list(r.shape)}")
-    for name, x in others.items():
-        if x is not None and x.device != r.device:
+    if like.dim() != dims:
+        raise ValueError(f"{op}: {first} must have {dims} dimensions {axes}, got {list(like.shape)}")
+    for name, x in others:
+        if x is not None and x.device != like.device:
             raise ValueError(
-                f"{op}: {name} must be on r's device {r.device}, got {x.device}; move it with .to(r.device)"
+                f"{op}: {name} must be on {first}'s device {like.device}, got {x.device}; "
+                f"move it with .to({first}.device)"
             )
 
 
 def _forward_fake(op, r, k, v, w, u, state, cu_seqlens, save_for_backward):
-    _check(op, r, "[B, T, H, N]", k=k, v=v, w=w, u=u, state=state, cu_seqlens=cu_seqlens)
+    _check(op, "[B, T, H, N]", r=r, k=k, v=v, w=w, u=u, state=state, cu_seqlens=cu_seqlens)
     batch, tokens, heads, size = r.shape
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     chunks = (tokens + CHUNK_TOKENS - 1) // CHUNK_TOKENS
@@ -50,14 +52,30 @@ def _forward_fake(op, r, k, v, w, u, state, cu_seqlens, save_for_backward):
 
 
 def _backward_fake(op, dy, dstate_out, r, k, v, w, u, state, cu_seqlens, chunk_states, scores):
-    _check(op, r, "[B, T, H, N]", dy=dy, k=k, v=v, w=w, u=u, state=state, chunk_states=chunk_states)
+    _check(op, "[B, T, H, N]", r=r, dy=dy, k=k, v=v, w=w, u=u, state=state, chunk_states=chunk_states)
     sequences = r.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (0,) if state is None else (sequences, r.shape[2], r.shape[3], r.shape[3])
     return *(x.new_empty(x.shape) for x in (r, k, v, w, u)), r.new_empty(shape, dtype=_state_dtype(r))
 
 
+def _summary_fake(op, k, v, w, cu_seqlens):
+    _check(op, "[B, T, H, N]", k=k, v=v, w=w, cu_seqlens=cu_seqlens)
+    state = _state_like(k, cu_seqlens)
+    return state.new_empty(state.shape[:3]), state
+
+
+def _adjoint_summary_fake(op, r, w, dy, cu_seqlens):
+    _check(op, "[B, T, H, N]", r=r, w=w, dy=dy, cu_seqlens=cu_seqlens)
+    return _state_like(r, cu_seqlens)
+
+
+def _state_like(r, cu_seqlens):
+    sequences = r.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return r.new_empty(sequences, r.shape[2], r.shape[3], r.shape[3], dtype=_state_dtype(r))
+
+
 def _step_fake(op, r, k, v, w, u, state, slots):
-    _check(op, r, "[B, H, N]", k=k, v=v, w=w, u=u, state=state, slots=slots)
+    _check(op, "[B, H, N]", r=r, k=k, v=v, w=w, u=u, state=state, slots=slots)
     return r.new_empty(r.shape)
 
 
@@ -96,15 +114,18 @@ def _cast(x, dtype):
 def _autocast(op, device):
     keys = DispatchKeySet(AUTOCAST_KEYS[device])
 
-    def cast_and_call(r, k, v, w, u, *rest):
-        # rest begins with the state; that of a step is updated in place and so never cast.
-        if r.is_floating_point() and r.dtype != torch.float64:
-            r, k, v = (_cast(x, torch.get_autocast_dtype(device)) for x in (r, k, v))
-            w, u = _cast(w, torch.float32), _cast(u, torch.float32)
-            if rest[0] is not None and not op._schema.is_mutable:
-                rest = (_cast(rest[0], torch.float32), *rest[1:])
+    names = [argument.name for argument in op._schema.arguments]
+
+    def cast_and_call(*given):
+        if given[0].is_floating_point() and given[0].dtype != torch.float64:
+            dtypes = dict.fromkeys(("r", "k", "v", "dy"), torch.get_autocast_dtype(device))
+            dtypes |= dict.fromkeys(("w", "u"), torch.float32)
+            if not op._schema.is_mutable:  # the state of a step is updated in place and so never cast
+                dtypes["state"] = torch.float32
+            named = zip(names, given, strict=True)
+            given = [_cast(x, dtypes[name]) if name in dtypes and x is not None else x for name, x in named]
         with _ExcludeDispatchKeyGuard(keys):
-            return op(r, k, v, w, u, *rest)
+            return op(*given)
 
     return cast_and_call
 
@@ -112,16 +133,21 @@ def _autocast(op, device):
 def _register(library):
     for name in ("wkv5", "wkv6"):
         forward, backward, step = (f"rwkv_ext::{name}_{kind}" for kind in ("forward", "backward", "step"))
+        summaries = [f"rwkv_ext::{name}_{kind}" for kind in ("summary", "adjoint_summary")]
         torch.library.register_fake(forward, partial(_forward_fake, name))
         torch.library.register_fake(backward, partial(_backward_fake, f"{name}_backward"))
         torch.library.register_fake(step, partial(_step_fake, f"{name}_step"))
+        for summary, fake in zip(summaries, (_summary_fake, _adjoint_summary_fake), strict=True):
+            op = summary.removeprefix("rwkv_ext::")
+            torch.library.register_fake(summary, partial(fake, op))
+            torch.library.register_autograd(summary, _refuse(op, "gradients are", f"differentiate {name} instead"))
         torch.library.register_autograd(forward, _backward_formula(name), setup_context=_save)
         torch.library.register_autograd(
             backward, _refuse(name, "second derivatives are", "differentiate once, or use rwkv_ext.reference")
         )
-        for op in (forward, backward, step):
+        for op in (forward, backward, step, *summaries):
             torch.library.register_vmap(op, _refuse(name, "torch.vmap is", "give the op a batch axis B instead"))
-        for kind in ("forward", "step"):
+        for kind in ("forward", "step", "summary", "adjoint_summary"):
             overload = getattr(torch.ops.rwkv_ext, f"{name}_{kind}").default
             for device, key in AUTOCAST_KEYS.items():
                 library.impl(f"{name}_{kind}", _autocast(overload, device), key.name)

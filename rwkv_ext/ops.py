@@ -86,6 +86,56 @@ wkv6_step.__doc__ += "\n" + _STEP_DOCUMENTATION.format(w_shape="[B, H, N]")
 wkv5_step.__doc__ += "\n" + _STEP_DOCUMENTATION.format(w_shape="[H, N]")
 
 
+def wkv6_summary(k: Tensor, v: Tensor, w: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Say what Finch's recurrence over these tokens does to any state: decay[..., None] * state_in + state."""
+    return _summary("wkv6_summary", k=k, v=v, w=w, cu_seqlens=cu_seqlens)
+
+
+def wkv5_summary(k: Tensor, v: Tensor, w: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Say what Eagle's recurrence over these tokens does to any state: decay[..., None] * state_in + state."""
+    return _summary("wkv5_summary", k=k, v=v, w=w, cu_seqlens=cu_seqlens)
+
+
+def wkv6_adjoint_summary(r: Tensor, w: Tensor, dy: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Say what Finch's backward over these tokens adds to any gradient of the state.
+
+    dstate_in = decay[..., None] * dstate_out + the result, with the decay of wkv6_summary.
+    """
+    return _summary("wkv6_adjoint_summary", r=r, w=w, dy=dy, cu_seqlens=cu_seqlens)
+
+
+def wkv5_adjoint_summary(r: Tensor, w: Tensor, dy: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Say what Eagle's backward over these tokens adds to any gradient of the state, as wkv6_adjoint_summary does."""
+    return _summary("wkv5_adjoint_summary", r=r, w=w, dy=dy, cu_seqlens=cu_seqlens)
+
+
+_SUMMARY_DOCUMENTATION = """
+    With it the parts of a sequence, on one device or several, can run at once: each part's state before its first token
+    follows from the summaries of the parts before it.
+
+    Args:
+        {tensors}: [B, T, H, N]; w, the raw decay, {w_shape}.
+        cu_seqlens: as in {op}.
+
+    Returns:
+        {returns}, float32 (float64 beside float64 inputs), one per sequence. There is no gradient.
+"""
+_DECAY_AND_STATE = "decay [B, H, N], the product of exp(-exp(w)), and state [B, H, N(key), N(value)], from zeros"
+_DSTATE = "dstate [B, H, N(key), N(value)], the gradient of sum(y * dy) by the state before the first token"
+wkv6_summary.__doc__ += "\n" + _SUMMARY_DOCUMENTATION.format(
+    tensors="k, v", w_shape="[B, T, H, N]", op="wkv6", returns=_DECAY_AND_STATE
+)
+wkv5_summary.__doc__ += "\n" + _SUMMARY_DOCUMENTATION.format(
+    tensors="k, v", w_shape="[H, N]", op="wkv5", returns=_DECAY_AND_STATE
+)
+wkv6_adjoint_summary.__doc__ += "\n" + _SUMMARY_DOCUMENTATION.format(
+    tensors="r, dy", w_shape="[B, T, H, N]", op="wkv6", returns=_DSTATE
+)
+wkv5_adjoint_summary.__doc__ += "\n" + _SUMMARY_DOCUMENTATION.format(
+    tensors="r, dy", w_shape="[H, N]", op="wkv5", returns=_DSTATE
+)
+
+
 def _forward(name, r, k, v, w, u, state, cu_seqlens):
     _load.require_ops()
     inputs = {"r": r, "k": k, "v": v, "w": w, "u": u, "state": state, "cu_seqlens": cu_seqlens}
@@ -109,6 +159,12 @@ def _step(name, r, k, v, w, u, state, slots):
     # The dispatcher does not count the in-place change; without this autograd would miss a stale saved state.
     torch.autograd.graph.increment_version(state)
     return y
+
+
+def _summary(name, **inputs):
+    _load.require_ops()
+    _tensors_of(name, inputs, optional=("cu_seqlens",))
+    return getattr(torch.ops.rwkv_ext, name)(*inputs.values())
 
 
 def _tensors_of(name, inputs, optional):

@@ -56,6 +56,42 @@ def wkv5(
     return wkv6(r, k, v, w.expand(r.shape), u, state, cu_seqlens)
 
 
+def wkv6_summary(k: Tensor, v: Tensor, w: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Say what a sequence does to the state: it leaves decay[..., None] * state_in + state (any r and u).
+
+    Returns (decay [B, H, N], the product of exp(-exp(w)) over the tokens; state [B, H, N, N], from zeros), one per
+    sequence with cu_seqlens, in fp64 for fp64 inputs, else in fp32.
+    """
+    if cu_seqlens is not None:
+        parts = [wkv6_summary(k[:, a:b], v[:, a:b], w[:, a:b]) for a, b in pairwise(cu_seqlens.tolist())]
+        return torch.cat([decay for decay, _ in parts]), torch.cat([state for _, state in parts])
+    k, v, w = (x.to(torch.promote_types(k.dtype, torch.float32)) for x in (k, v, w))
+    batch, tokens, heads, size = k.shape
+    decay, state = k.new_ones(batch, heads, size), k.new_zeros(batch, heads, size, size)
+    for t in range(tokens):
+        decay = decay * decay_of(w[:, t])
+        state = decay_of(w[:, t])[..., None] * state + k[:, t, :, :, None] * v[:, t, :, None, :]
+    return decay, state
+
+
+def wkv6_adjoint_summary(r: Tensor, w: Tensor, dy: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Return the gradient of sum(y * dy) by the state before the sequence [B, H, N, N]: wkv6_summary against time."""
+    if cu_seqlens is not None:
+        parts = [wkv6_adjoint_summary(r[:, a:b], w[:, a:b], dy[:, a:b]) for a, b in pairwise(cu_seqlens.tolist())]
+        return torch.cat(parts)
+    return wkv6_summary(r.flip(1), dy.flip(1), w.flip(1))[1]
+
+
+def wkv5_summary(k: Tensor, v: Tensor, w: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As wkv6_summary, with one decay w [H, N] for every token."""
+    return wkv6_summary(k, v, w.expand(k.shape), cu_seqlens)
+
+
+def wkv5_adjoint_summary(r: Tensor, w: Tensor, dy: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """As wkv6_adjoint_summary, with one decay w [H, N] for every token."""
+    return wkv6_adjoint_summary(r, w.expand(r.shape), dy, cu_seqlens)
+
+
 def decay_of(w: Tensor) -> Tensor:
     """Return exp(-exp(w)); its gradient is 0 where it underflows to 0 (autograd alone would give inf * 0 = nan)."""
     return torch.exp(-torch.exp(w.masked_fill(torch.exp(-torch.exp(w)) == 0, 8.0)))  # exp(-exp(8)) is 0 as well

@@ -29,6 +29,20 @@ def check_against_reference(version):
         assert_close_ratio(outputs_and_gradients(op, inputs.double()), exact, floor=1e-13)
 
 
+def check_summaries(version):
+    for size, tokens in ((1, 35), (5, 35), (16, 35), (40, 150), (100, 20)):
+        r, k, v, w = make_inputs(version, 1, tokens, 2, size, regime="mixed")[:4]
+        for kind, given in (("summary", (k, v, w)), ("adjoint_summary", (r, w, v))):
+            run, plain = (getattr(module, f"wkv{version[0]}_{kind}") for module in (ops, reference))
+            wide = [x.double() for x in given]
+            results = run(*given), run(*wide), plain(*wide)
+            if kind == "adjoint_summary":
+                results = [(x,) for x in results]
+            actual, double, exact = (dict(enumerate(x)) for x in results)
+            assert_close_ratio(actual, exact, floor=2e-6)
+            assert_close_ratio(double, exact, floor=1e-13)
+
+
 def check_cut(version, size):
     """Bitwise: forward and the recomputation in backward contract their multiply-adds in the same way."""
     op = OPS[version][0]
@@ -60,6 +74,7 @@ def check_step(version, size):
 def check_all():
     for version in OPS:
         check_against_reference(version)
+        check_summaries(version)
         for size in (1, 5, 16, 24, 40, 64, 100, 128):
             check_cut(version, size)
             check_step(version, size)

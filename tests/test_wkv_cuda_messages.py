@@ -27,14 +27,14 @@ def step_arguments(version, size, **changes):
     return list((arguments | changes).values())
 
 
-def missing_kernel(op):
+def missing_kernel(op, first="r"):
     if _load.build_info()["cuda_version"]:
         reason = "rwkv_ext has no CUDA kernel for this op yet (wkv5_step and wkv6_step have one)"
         remedy = "move the tensors to the CPU, or use rwkv_ext.reference"
     else:
         reason = "rwkv_ext was built without CUDA"
         remedy = "rebuild with RWKV_EXT_CUDA=1 pip install --no-build-isolation -e ."
-    return f"^{re.escape(f'{op}: r is on cpu, but {reason}; {remedy}')}$"
+    return f"^{re.escape(f'{op}: {first} is on cpu, but {reason}; {remedy}')}$"
 
 
 @pytest.mark.parametrize("kind", ["forward", "backward"])
@@ -48,6 +48,17 @@ def test_wkv_cuda_messages_missing_kernels(version, kind):
         arguments, op = (y, state, *inputs, *saved), f"{op}_backward"
     with pytest.raises(RuntimeError, match=missing_kernel(op)):
         call(version, kind, *arguments)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_wkv_cuda_messages_missing_summaries(version):
+    r, k, v, w = make_inputs(version, 1, 3, 2, 32)[:4]
+    with pytest.raises(RuntimeError, match=missing_kernel(f"wkv{version[0]}_summary", first="k")):
+        call(version, "summary", k, v, w, None)
+    with pytest.raises(RuntimeError, match=missing_kernel(f"wkv{version[0]}_adjoint_summary")):
+        call(version, "adjoint_summary", r, w, v, None)
+    with pytest.raises(ValueError, match="dy must be on r's device cpu, got another device; move it with"):
+        call(version, "adjoint_summary", r, w, v.to("meta"), None)
 
 
 @pytest.mark.parametrize("kind", ["forward", "step"])

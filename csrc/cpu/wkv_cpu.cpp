@@ -11,6 +11,7 @@
 
 #include "build_info.h"
 #include "wkv_prepare.h"
+#include "wkv_prepare_summary.h"
 
 namespace rwkv {
 namespace {
@@ -119,6 +120,28 @@ Backward backward(const OptionalTensor& dy, const OptionalTensor& dstate_out, co
   return {call.dr, call.dk, call.dv, call.dw, call.du, call.dstate};
 }
 
+SummaryCall summarise(const char* op, Decay decay, bool adjoint, const Tensor& k, const Tensor& v, const Tensor& w,
+                      const OptionalTensor& cu_seqlens) {
+  SummaryCall call = prepare_summary(op, decay, adjoint, k, v, w, cu_seqlens);
+  for_each_head(op, call.params.shape,
+                [&](const Sequence& sequence, int64_t head) { kernels().summary(call.params, sequence, head); });
+  return call;
+}
+
+template <Decay kDecay>
+std::tuple<Tensor, Tensor> summary(const Tensor& k, const Tensor& v, const Tensor& w,
+                                   const OptionalTensor& cu_seqlens) {
+  const char* op = kDecay == Decay::kEagle ? "wkv5_summary" : "wkv6_summary";
+  const SummaryCall call = summarise(op, kDecay, false, k, v, w, cu_seqlens);
+  return {call.decay, call.state};
+}
+
+template <Decay kDecay>
+Tensor adjoint_summary(const Tensor& r, const Tensor& w, const Tensor& dy, const OptionalTensor& cu_seqlens) {
+  const char* op = kDecay == Decay::kEagle ? "wkv5_adjoint_summary" : "wkv6_adjoint_summary";
+  return summarise(op, kDecay, true, r, dy, w, cu_seqlens).state;
+}
+
 template <Decay kDecay>
 Tensor step(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u, Tensor state,
             const OptionalTensor& slots) {
@@ -152,6 +175,10 @@ STABLE_TORCH_LIBRARY_IMPL(rwkv_ext, CPU, m) {
   m.impl("wkv6_forward", TORCH_BOX(&rwkv::forward<Decay::kFinch>));
   m.impl("wkv5_backward", TORCH_BOX(&rwkv::backward<Decay::kEagle>));
   m.impl("wkv6_backward", TORCH_BOX(&rwkv::backward<Decay::kFinch>));
+  m.impl("wkv5_summary", TORCH_BOX(&rwkv::summary<Decay::kEagle>));
+  m.impl("wkv6_summary", TORCH_BOX(&rwkv::summary<Decay::kFinch>));
+  m.impl("wkv5_adjoint_summary", TORCH_BOX(&rwkv::adjoint_summary<Decay::kEagle>));
+  m.impl("wkv6_adjoint_summary", TORCH_BOX(&rwkv::adjoint_summary<Decay::kFinch>));
   m.impl("wkv5_step", TORCH_BOX(&rwkv::step<Decay::kEagle>));
   m.impl("wkv6_step", TORCH_BOX(&rwkv::step<Decay::kFinch>));
 }

@@ -18,6 +18,7 @@ struct WkvKernels {
   const char* instruction_set;
   void (*forward)(const WkvForwardParams&, const Sequence&, int64_t head);
   void (*backward)(const WkvBackwardParams&, const Sequence&, int64_t head);
+  void (*summary)(const WkvSummaryParams&, const Sequence&, int64_t head);
   void (*step)(const WkvStepParams&, int64_t row, int64_t head);
 };
 
