@@ -1,97 +1,98 @@
-// One token of the WKV recurrence for decoding, state updated in place (equations: cpu/wkv_recurrence.h).
-// One block per (batch row, head). The state, N * N * 4 bytes read and written once, is all the traffic that counts:
-// each thread keeps four value columns of N / kRowGroups key rows, so a warp touches whole 128-byte lines.
+// One token of the WKV recurrence for decoding, state updated in place (e = exp(-exp(w)), per batch row and head):
+//   y[j]   = sum_i r[i] (S[i,j] + u[i] k[i] v[j])
+//   S[i,j] = e[i] S[i,j] + k[i] v[j]
+// One block per (batch row, head). The state, N * N elements read and written once, is all the traffic that counts:
+// a thread keeps four value columns of N / kRowGroups key rows, so that a warp touches whole 128-byte lines, and asks
+// for them before anything else.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include "wkv_params.h"
+#include "cuda/device_launch.h"
+#include "cuda/element.cuh"
 
 namespace rwkv {
 
-template <class T>
-__device__ T load_element(const View& view, int64_t offset) {
-  switch (view.dtype) {
-    case Dtype::kFloat64: return T(static_cast<const double*>(view.data)[offset]);
-    case Dtype::kBFloat16: return T(__bfloat162float(static_cast<const __nv_bfloat16*>(view.data)[offset]));
-    case Dtype::kFloat16: return T(__half2float(static_cast<const __half*>(view.data)[offset]));
-    default: return T(static_cast<const float*>(view.data)[offset]);
-  }
-}
+inline constexpr int kStepThreads = 256;
 
-template <class T>
-__device__ void store_element(const View& view, int64_t offset, T value) {
-  switch (view.dtype) {
-    case Dtype::kFloat64: static_cast<double*>(view.data)[offset] = double(value); break;
-    case Dtype::kBFloat16: static_cast<__nv_bfloat16*>(view.data)[offset] = __float2bfloat16(float(value)); break;
-    case Dtype::kFloat16: static_cast<__half*>(view.data)[offset] = __float2half(float(value)); break;
-    default: static_cast<float*>(view.data)[offset] = float(value);
-  }
-}
-
-template <class T>
-struct alignas(4 * sizeof(T)) Columns {
-  T value[4];
+template <class Real, int kSize>
+struct StepLayout {
+  static constexpr int kColumnGroups = kSize / 4;
+  static constexpr int kRowGroups = kStepThreads / kColumnGroups;
+  static constexpr int kRows = kSize / kRowGroups;  // of one thread
+  static_assert(kRowGroups * kColumnGroups == kStepThreads && kRows * kRowGroups == kSize);
+  // Shared memory, in elements: five rows, and every row group's share of y.
+  static constexpr int kRow = kSize * int{sizeof(Real)};
+  static constexpr int kBytes = (5 + kRowGroups) * kRow;
 };
 
-constexpr int kStepThreads = 256;
+template <class Real, int kSize>
+__global__ void __launch_bounds__(kStepThreads) wkv_step_kernel(const __grid_constant__ WkvStepParams p) {
+  using Layout = StepLayout<Real, kSize>;
+  Real* r = shared_array<Real>(0 * Layout::kRow, kSize);
+  Real* k = shared_array<Real>(1 * Layout::kRow, kSize);
+  Real* v = shared_array<Real>(2 * Layout::kRow, kSize);
+  Real* decay = shared_array<Real>(3 * Layout::kRow, kSize);
+  Real* bonus = shared_array<Real>(4 * Layout::kRow, kSize);
+  Real* partial = shared_array<Real>(5 * Layout::kRow, Layout::kRowGroups * kSize);
 
-template <class T, int kSize>
-__global__ void __launch_bounds__(kStepThreads) wkv_step_kernel(WkvStepParams p) {
-  constexpr int kColumnGroups = kSize / 4;
-  constexpr int kRowGroups = kStepThreads / kColumnGroups;
-  constexpr int kRows = kSize / kRowGroups;
-  static_assert(kRowGroups * kColumnGroups == kStepThreads && kRows * kRowGroups == kSize);
-  __shared__ T r[kSize], k[kSize], v[kSize], decay[kSize], bonus[kSize], partial[kRowGroups][kSize];
-
-  const int64_t row = blockIdx.x / p.shape.heads, head = blockIdx.x % p.shape.heads;
-  const int64_t slot = p.slots ? p.slots[row] : row;
-  const auto at = [&](const View& view, int i) { return row * view.batch_stride + head * view.head_stride + i; };
+  const int thread = thread_index();
+  const int64_t row = block_index() / p.shape.heads, head = block_index() % p.shape.heads;
+  const int64_t slot = p.slots ? load_global<int64_t>(p.slots + row) : row;
   if (slot < 0 || slot >= p.shape.sequences) {  // a skipped row is 0; a slot that does not exist is NaN
-    for (int i = threadIdx.x; i < kSize; i += kStepThreads)
-      store_element<T>(p.y, at(p.y, i), slot == -1 ? T(0) : T(NAN));
+    if (thread < kSize)
+      store_element(p.y, offset_of(p.y, row, 0, head) + thread, slot == -1 ? Real(0) : Real(NAN));
     return;
   }
-  for (int i = threadIdx.x; i < kSize; i += kStepThreads) {
-    r[i] = load_element<T>(p.r, at(p.r, i));
-    k[i] = load_element<T>(p.k, at(p.k, i));
-    v[i] = load_element<T>(p.v, at(p.v, i));
-    decay[i] = exp(-exp(load_element<T>(p.w, at(p.w, i))));
-    bonus[i] = r[i] * load_element<T>(p.u, head * p.u.head_stride + i) * k[i];
-  }
-  __syncthreads();  // the rows are in shared memory
 
-  const int column = threadIdx.x % kColumnGroups * 4, group = threadIdx.x / kColumnGroups;
-  T* state = static_cast<T*>(p.state) + (slot * p.shape.heads + head) * (kSize * kSize);
-  T out[4] = {};
+  const int column = thread % Layout::kColumnGroups * 4, group = thread / Layout::kColumnGroups;
+  Real* state = static_cast<Real*>(p.state) + (slot * p.shape.heads + head) * (kSize * kSize) + column;
+  Four<Real> s[Layout::kRows];
 #pragma unroll
-  for (int n = 0; n < kRows; ++n) {
-    const int i = group + n * kRowGroups;
-    auto* place = reinterpret_cast<Columns<T>*>(state + i * kSize + column);
-    Columns<T> s = *place;
+  for (int n = 0; n < Layout::kRows; ++n)
+    s[n] = load_four_global(state + (group + n * Layout::kRowGroups) * kSize);
+
+  if (thread < kSize) {
+    const auto at = [&](const View& view) { return offset_of(view, row, 0, head) + thread; };
+    const auto raw_r = load_raw<Real>(p.r, at(p.r)), raw_k = load_raw<Real>(p.k, at(p.k));
+    const auto raw_v = load_raw<Real>(p.v, at(p.v)), raw_w = load_raw<Real>(p.w, at(p.w));
+    const auto raw_u = load_raw<Real>(p.u, head * p.u.head_stride + thread);
+    r[thread] = element_value(raw_r, p.r.dtype);
+    k[thread] = element_value(raw_k, p.k.dtype);
+    v[thread] = element_value(raw_v, p.v.dtype);
+    decay[thread] = exponential(-exponential(element_value(raw_w, p.w.dtype)));
+    bonus[thread] = r[thread] * element_value(raw_u, p.u.dtype) * k[thread];
+  }
+  block_barrier();  // the rows are in shared memory
+
+  const Four<Real> value = load_four_shared(v + column);
+  Four<Real> out = {};
+  Real current = 0;
+#pragma unroll
+  for (int n = 0; n < Layout::kRows; ++n) {
+    const int i = group + n * Layout::kRowGroups;
+    current += bonus[i];
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      out[c] += r[i] * s.value[c];
-      s.value[c] = decay[i] * s.value[c] + k[i] * v[column + c];
+      out[c] += r[i] * s[n][c];
+      s[n][c] = decay[i] * s[n][c] + k[i] * value[c];
     }
-    *place = s;
+    store_four_global(state + i * kSize, s[n]);
   }
 #pragma unroll
-  for (int c = 0; c < 4; ++c) partial[group][column + c] = out[c];
-  __syncthreads();  // every row group's share of y is in shared memory
+  for (int c = 0; c < 4; ++c) partial[group * kSize + column + c] = out[c] + current * value[c];
+  block_barrier();  // every row group's share of y is in shared memory
 
-  for (int j = threadIdx.x; j < kSize; j += kStepThreads) {
-    T total = 0, current = 0;
-    for (int g = 0; g < kRowGroups; ++g) total += partial[g][j];
-    for (int i = 0; i < kSize; ++i) current += bonus[i];
-    store_element<T>(p.y, at(p.y, j), total + current * v[j]);
+  if (thread < kSize) {
+    Real total = 0;
+#pragma unroll
+    for (int g = 0; g < Layout::kRowGroups; ++g) total += partial[g * kSize + thread];
+    store_element(p.y, offset_of(p.y, row, 0, head) + thread, total);
   }
 }
 
-template <class T, int kSize>
-void run_wkv_step(const WkvStepParams& p, cudaStream_t stream) {
-  wkv_step_kernel<T, kSize><<<static_cast<unsigned>(p.shape.batch * p.shape.heads), kStepThreads, 0, stream>>>(p);
+template <class Real, int kSize>
+int run_wkv_step(const WkvStepParams& p, void* stream) {
+  return launch(wkv_step_kernel<Real, kSize>, p.shape.batch * p.shape.heads, kStepThreads,
+                StepLayout<Real, kSize>::kBytes, p, stream);
 }
 
 }  // namespace rwkv
