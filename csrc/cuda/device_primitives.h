@@ -38,7 +38,8 @@ __device__ __forceinline__ T* shared_array(int byte_offset, [[maybe_unused]] int
   return reinterpret_cast<T*>(dynamic_shared + byte_offset);
 }
 
-// V is uint16_t, uint32_t, float, uint2, float2, uint4 or float4; the address must be a multiple of its size.
+// V is a number or vector of 2, 4, 8 or 16 bytes (uint16_t, float, double, uint2, float4 ...); the address must be a
+// multiple of its size.
 template <class V>
 __device__ __forceinline__ V load_shared(const void* from) {
   return *static_cast<const V*>(from);
@@ -80,6 +81,7 @@ __device__ __forceinline__ void wait_copies() {
 
 // ---- exchange in a warp: all 32 lanes take part; gives no order to shared memory ----
 __device__ __forceinline__ float shuffle_xor(float value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
+__device__ __forceinline__ double shuffle_xor(double value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
 __device__ __forceinline__ float shuffle(float value, int lane) { return __shfl_sync(~0u, value, lane); }
 __device__ __forceinline__ uint32_t shuffle(uint32_t value, int lane) { return __shfl_sync(~0u, value, lane); }
 
@@ -125,6 +127,14 @@ __device__ __forceinline__ void mma_tf32(float (&c)[4], const float (&a)[4], flo
                  "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }
 
+// The same with c = a b: the accumulators need not be cleared first.
+__device__ __forceinline__ void mma_tf32_from_zero(float (&c)[4], const float (&a)[4], float b0, float b1) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+               : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+               : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
+                 "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)), "f"(0.f));
+}
+
 // ---- number formats ----
 __device__ __forceinline__ uint32_t float_bits(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ float float_from_bits(uint32_t bits) { return __uint_as_float(bits); }
@@ -148,6 +158,20 @@ __device__ __forceinline__ float2 unpack<BFloat16>(uint32_t pair) {
 template <>
 __device__ __forceinline__ float2 unpack<Float16>(uint32_t pair) {
   return __half22float2(reinterpret_cast<const __half2&>(pair));
+}
+
+// The same as unpack, by another instruction where there is one: values that a matrix product needs both as first and as
+// second operand lie in different registers for each, and from one unpack the compiler would copy them every time.
+template <class T>
+__device__ __forceinline__ float2 unpack_again(uint32_t pair) {
+  return unpack<T>(pair);
+}
+template <>
+__device__ __forceinline__ float2 unpack_again<BFloat16>(uint32_t pair) {
+  uint32_t low, high;
+  asm("prmt.b32 %0, %1, 0, 0x1044;" : "=r"(low) : "r"(pair));
+  asm("prmt.b32 %0, %1, 0, 0x3244;" : "=r"(high) : "r"(pair));
+  return make_float2(float_from_bits(low), float_from_bits(high));
 }
 
 // Two floats rounded to nearest even, the first in the low half.
