@@ -1,0 +1,34 @@
+// What a test can set and ask about the emulated device: how many blocks it holds, and the bytes that each launch moved
+// to and from global memory through the primitives (a byte that several threads load counts each time).
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace emulator {
+
+struct Device {
+  int multiprocessors = 4;
+  int blocks_each = 2;  // that one multiprocessor holds at once, whatever the kernel
+};
+
+struct Launch {
+  std::string kernel;
+  int64_t blocks = 0;
+  int threads = 0;
+  int shared_bytes = 0;
+  int64_t bytes_read = 0;
+  int64_t bytes_written = 0;
+};
+
+Device& device();
+std::vector<Launch>& launches();  // all so far
+
+// Starts the record of a launch; function is the kernel's address, for its name.
+void begin_launch(const void* function, int64_t blocks, int threads, int shared_bytes);
+
+void count_read(int64_t bytes);
+void count_written(int64_t bytes);
+
+}  // namespace emulator
