@@ -35,18 +35,26 @@ class WkvInputs(NamedTuple):
 
 
 def _uniform(low, high):
-    return lambda shape, generator: torch.empty(shape, dtype=torch.float64).uniform_(low, high, generator=generator)
+    def make(shape, generator):
+        x = torch.empty(shape, dtype=torch.float64, device=generator.device)
+        return x.uniform_(low, high, generator=generator)
+
+    return make
+
+
+def _normal(shape, generator):
+    return torch.randn(shape, dtype=torch.float64, generator=generator, device=generator.device)
 
 
 def _typical(shape, generator):
-    base = torch.linspace(-6, 1, shape[-1], dtype=torch.float64)
-    return base + 0.5 * torch.randn(shape, dtype=torch.float64, generator=generator)
+    base = torch.linspace(-6, 1, shape[-1], dtype=torch.float64, device=generator.device)
+    return base + 0.5 * _normal(shape, generator)
 
 
 def _sprinkled(fraction, rare, usual):
     def make(shape, generator):
         w, strong = usual(shape, generator), rare(shape, generator)
-        chosen = torch.rand(shape, generator=generator) < fraction
+        chosen = torch.rand(shape, generator=generator, device=generator.device) < fraction
         chosen.view(-1)[: min(1, chosen.numel())] = True  # a small tensor has a strong decay as well
         return torch.where(chosen, strong, w)
 
@@ -109,7 +117,7 @@ def make_inputs(
     state: bool = True,
     lengths: Sequence[int] | None = None,
     layout: str = "contiguous",
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     seed: int = 0,
 ) -> WkvInputs:
     """Make reproducible inputs for wkv5 (version "5.2") or wkv6 ("6.0").
@@ -122,6 +130,7 @@ def make_inputs(
         state: whether there is an initial state, float32 (float64 beside float64).
         lengths: packed sequences of these lengths, 0 allowed: adds cu_seqlens, int64.
         layout: a name of layouts, for all tensors but cu_seqlens.
+        device: None means torch's default device. The values do not depend on it.
 
     Raises:
         ValueError: an unknown version, regime or layout.
@@ -133,19 +142,20 @@ def make_inputs(
     ):
         if value not in known:
             raise ValueError(f"make_inputs: {name} must be one of {', '.join(known)}, got {value!r}")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    device = torch.get_default_device() if device is None else device
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     cu_seqlens = None
     sequences = batch
     if lengths is not None:
         batch, tokens, sequences = 1, sum(lengths), len(lengths)
-        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device)
+        cu_seqlens = torch.tensor([0, *lengths], device="cpu").cumsum(0).to(device)
 
     def place(x, dtype):
         return layouts[layout](x.to(device=device, dtype=dtype))
 
     def normal(*shape):
-        return torch.randn(shape, dtype=torch.float64, generator=generator)
+        return _normal(shape, generator)
 
     r, k, v = (place(normal(batch, tokens, heads, size), dtype) for _ in range(3))
     w_shape = (heads, size) if version == "5.2" else (batch, tokens, heads, size)
@@ -173,10 +183,10 @@ def outputs_and_gradients(
     wanted = [f"d{name}" in gradients and x is not None for name, x in zip(inputs._fields, inputs, strict=True)]
     leaves = WkvInputs(*(x.detach().requires_grad_() if need else x for x, need in zip(inputs, wanted, strict=True)))
     results = dict(zip(("y", "state_out"), op(*leaves), strict=True))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     used = []
     for name, x in results.items():
-        cotangent = torch.randn(x.shape, dtype=torch.float64, generator=generator).to(x)
+        cotangent = _normal(x.shape, generator).to(x)
         if name in cotangents and x.requires_grad:
             used.append((x, cotangent))
     sources = {f"d{name}": x for name, x in leaves._asdict().items() if x is not None and x.requires_grad}

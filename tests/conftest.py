@@ -15,21 +15,34 @@ import torch  # noqa: E402
 
 MARKERS = {
     "cuda": "needs a CUDA device; skipped, with the reason, where there is none",
+    "cpu": "about the CPU kernels or about nothing on a device; skipped with --device cuda",
     "slow": "takes more than a few seconds; leave out with -m 'not slow'",
     "dist": "starts several processes",
 }
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where the tests of the ops (test_wkv_*) run: cpu, cuda or cuda:1")
+
+
 def pytest_configure(config):
     for name, meaning in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
+    if config.getoption("--device") != "cpu" and torch.cuda.is_available():
+        # before any test module is imported: some make their tensors then
+        torch.set_default_device(config.getoption("--device"))
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     if not torch.cuda.is_available():
+        everywhere = config.getoption("--device") != "cpu"
         for item in items:
-            if item.get_closest_marker("cuda"):
+            if everywhere or item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    if torch.get_default_device().type != "cpu":
+        for item in items:
+            if item.get_closest_marker("cpu"):
+                item.add_marker(pytest.mark.skip(reason="needs the CPU kernels"))
 
 
 @pytest.fixture(autouse=True)

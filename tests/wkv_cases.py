@@ -1,8 +1,18 @@
-"""The cases that the forward and backward tests of the ops share."""
+"""What the tests of the ops share: cases, and how the same tests run on a GPU (pytest --device cuda).
+
+There every tensor that names no device is made on the GPU (torch's default device), head sizes are rounded up to those
+that have kernels, and 16-bit activations run on tensor cores, whose error is bounded by that of rounding to 16 bits.
+"""
 
 import torch
 
-from rwkv_ext import ops, reference
+from rwkv_ext import ops, reference, testing
+from rwkv_ext.testing import assert_close_ratio
+
+DEVICE = torch.get_default_device()
+ON_CUDA = DEVICE.type == "cuda"
+CUDA_HEAD_SIZES = (32, 64, 128)
+ROUNDING_FLOOR = 0.212  # rms relative error, in eps of the dtype, of normal numbers rounded to 16 bits
 
 OPS = {"5.2": ops.wkv5, "6.0": ops.wkv6}
 REFERENCES = {"5.2": reference.wkv5, "6.0": reference.wkv6}
@@ -31,3 +41,27 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def name(case):
     version, batch, tokens, heads, size, regime = case
     return f"v{version[0]}-B{batch}-T{tokens}-H{heads}-N{size}-{regime}"
+
+
+def head_size(size):
+    """Return size, or on CUDA the next size that has kernels."""
+    return next(x for x in CUDA_HEAD_SIZES if size <= x) if ON_CUDA else size
+
+
+def make_inputs(version, batch=1, tokens=0, heads=1, size=64, **options):
+    return testing.make_inputs(version, batch, tokens, heads, head_size(size), **options)
+
+
+def uses_tensor_cores(dtype):
+    return ON_CUDA and dtype in (torch.bfloat16, torch.float16)
+
+
+def assert_accurate(actual, exact, plain, dtype, **options):
+    """Compare what an op gave for activations of a dtype with the fp64 truth and plain PyTorch in that dtype.
+
+    Tensor cores may err twice as much as rounding their result to 16 bits does, in fp32 results too.
+    """
+    if uses_tensor_cores(dtype):
+        assert_close_ratio(actual, exact, floor=2 * ROUNDING_FLOOR * torch.finfo(dtype).eps)
+    else:
+        assert_close_ratio(actual, exact, plain, **options)
