@@ -82,6 +82,13 @@ __device__ __forceinline__ Four<double> load_four_shared(const double* from) {
   const double2 low = load_shared<double2>(from), high = load_shared<double2>(from + 2);
   return {low.x, low.y, high.x, high.y};
 }
+__device__ __forceinline__ void store_four_shared(float* to, const Four<float>& x) {
+  store_shared<float4>(to, make_float4(x[0], x[1], x[2], x[3]));
+}
+__device__ __forceinline__ void store_four_shared(double* to, const Four<double>& x) {
+  store_shared<double2>(to, make_double2(x[0], x[1]));
+  store_shared<double2>(to + 2, make_double2(x[2], x[3]));
+}
 __device__ __forceinline__ Four<float> load_four_global(const float* from) {
   const float4 x = load_global<float4>(from);
   return {x.x, x.y, x.z, x.w};
