@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from wkv_cases import DEVICE, OPS, head_size, make_inputs
 
 from rwkv_ext import ops
-from rwkv_ext.testing import make_inputs, outputs_and_gradients
+from rwkv_ext.testing import outputs_and_gradients
 
-OPS = {"5.2": ops.wkv5, "6.0": ops.wkv6}
 BACKEND = "aot_eager"
 
 
@@ -63,7 +63,7 @@ def test_wkv_compile_without_gradients():
 
 def test_wkv_compile_autocast():
     def run(*arguments):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             return ops.wkv6(*arguments)
 
     compiled = torch.compile(run, fullgraph=True, backend=BACKEND)
@@ -119,7 +119,7 @@ def test_wkv_compile_step_slots():
     compiled = torch.compile(ops.wkv6_step, fullgraph=True, backend=BACKEND)
     inputs = make_inputs("6.0", 2, 1, 2, 8)
     token = [x[:, 0] for x in inputs[:4]]
-    pool = torch.randn(4, 2, 8, 8)
+    pool = torch.randn(4, 2, head_size(8), head_size(8))
     expected_pool, slots = pool.clone(), torch.tensor([3, -1])
     assert torch.equal(compiled(*token, inputs.u, pool, slots), ops.wkv6_step(*token, inputs.u, expected_pool, slots))
     assert torch.equal(pool, expected_pool)

@@ -7,11 +7,11 @@ import sys
 import instruction_set_checks
 import pytest
 import torch
+from wkv_cases import OPS, make_inputs
 
 from rwkv_ext import _load, ops
-from rwkv_ext.testing import make_inputs, outputs_and_gradients
+from rwkv_ext.testing import outputs_and_gradients
 
-OPS = {"5.2": ops.wkv5, "6.0": ops.wkv6}
 # version, B, T, H, N, lengths: more pieces of work than threads, fewer, and uneven ones.
 CASES = [
     ("6.0", 3, 140, 5, 32, None),
@@ -66,6 +66,7 @@ def test_wkv_determinism_concurrent_callers():
         assert all(torch.equal(results[key], alone[i % 4][key]) for key in results)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("limit", ["default", "avx2", "avx512"])
 def test_wkv_determinism_instruction_sets(limit):
     """The kernels compiled for each width that this processor has, each in a process limited to it as torch is."""

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from wkv_cases import DEVICE, OPS, head_size, make_inputs
 
 from rwkv_ext import ops
-from rwkv_ext.testing import make_inputs, outputs_and_gradients
+from rwkv_ext.testing import outputs_and_gradients
 
 UTILITIES = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-OPS = {"5.2": ops.wkv5, "6.0": ops.wkv6}
 STEPS = {"5.2": ops.wkv5_step, "6.0": ops.wkv6_step}
 
 
@@ -65,7 +65,7 @@ def test_wkv_opcheck_step(version, dtype):
     inputs = make_inputs(version, 2, 1, 2, 4, dtype=dtype)
     token = [x[:, 0] if x.dim() == 4 else x for x in inputs[:4]]
     check(op(version, "step"), (*token, inputs.u, inputs.state, None))
-    check(op(version, "step"), (*token, inputs.u, torch.randn(5, 2, 4, 4), torch.tensor([3, -1])))
+    check(op(version, "step"), (*token, inputs.u, torch.randn(5, 2, head_size(4), head_size(4)), torch.tensor([3, -1])))
 
 
 @pytest.mark.parametrize("version", OPS)
@@ -111,7 +111,7 @@ def test_wkv_autocast(version, autocast_dtype):
     halves = inputs._replace(**{name: getattr(inputs, name).to(autocast_dtype) for name in "rkv"})
 
     def under_autocast(*arguments):
-        with torch.autocast("cpu", autocast_dtype):
+        with torch.autocast(DEVICE.type, autocast_dtype):
             return OPS[version](*arguments)
 
     actual = outputs_and_gradients(under_autocast, inputs)
@@ -129,7 +129,7 @@ def test_wkv_autocast_mixed_inputs(version):
     inputs = inputs._replace(state=inputs.state.bfloat16(), k=inputs.k.float())
     with pytest.raises(ValueError, match="k must have r's dtype bfloat16, got float32"):
         OPS[version](*inputs)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         y, state = OPS[version](*inputs)
     wide = inputs._replace(k=inputs.k.bfloat16(), w=inputs.w.float(), u=inputs.u.float(), state=inputs.state.float())
     expected_y, expected_state = OPS[version](*wide)
@@ -140,7 +140,7 @@ def test_wkv_autocast_mixed_inputs(version):
 def test_wkv_autocast_leaves_fp64_alone(version):
     inputs = make_inputs(version, 1, 9, 2, 4, dtype=torch.float64)
     expected = outputs_and_gradients(OPS[version], inputs)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         actual = outputs_and_gradients(OPS[version], inputs)
     assert all(torch.equal(actual[name], x) and actual[name].dtype == torch.float64 for name, x in expected.items())
 
@@ -151,22 +151,23 @@ def test_wkv_autocast_step(version):
     inputs = make_inputs(version, 2, 1, 2, 8)
     token = [x[:, 0] if x.dim() == 4 else x for x in inputs[:4]]
     state, expected_state = inputs.state.clone(), inputs.state.clone()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         y = STEPS[version](*token, inputs.u, state)
     halves = [x.bfloat16() for x in token[:3]]
     assert torch.equal(y, STEPS[version](*halves, token[3], inputs.u, expected_state))
     assert torch.equal(state, expected_state) and not torch.equal(state, inputs.state)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="state must be float32"):
+    with torch.autocast(DEVICE.type, torch.bfloat16), pytest.raises(ValueError, match="state must be float32"):
         STEPS[version](*token, inputs.u, state.bfloat16())
 
 
 def test_wkv_autocast_does_not_cast_integers():
     inputs = make_inputs("6.0", 1, 9, 2, 4)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="r must be float32, .*, got int64"):
+    text = "r must be float32, .*, got int64"
+    with torch.autocast(DEVICE.type, torch.bfloat16), pytest.raises(ValueError, match=text):
         ops.wkv6(*inputs._replace(r=inputs.r.long()))
 
 
 def test_wkv_autocast_disabled_inside():
     inputs = make_inputs("6.0", 1, 9, 2, 4)
-    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
+    with torch.autocast(DEVICE.type, torch.bfloat16), torch.autocast(DEVICE.type, enabled=False):
         assert ops.wkv6(*inputs)[0].dtype == torch.float32

@@ -2,19 +2,20 @@
 
 import pytest
 import torch
-from wkv_cases import OPS, REFERENCES
+from wkv_cases import ON_CUDA, OPS, REFERENCES, ROUNDING_FLOOR, make_inputs, uses_tensor_cores
 
 from rwkv_ext import ops, reference
 from rwkv_ext.testing import (
     GRADIENTS,
     WkvInputs,
     assert_close_ratio,
-    make_inputs,
     outputs_and_gradients,
 )
 
 PER_TOKEN = ("y", "dr", "dk", "dv", "dw")
 # Each has an empty sequence, one of one token and lengths around blocks of 16 and chunks of 128.
+SUM_FLOOR = 5e-6 if ON_CUDA else None  # sums over tokens: fp32 on a GPU, fp64 on the CPU
+SHORT = 32  # tokens below which a GPU runs another kernel
 LENGTHS = [[0, 5, 0, 0, 17], [1, 128, 0, 129], [260, 1, 0], [16, 127, 3, 0, 1, 33], [0], [0, 0], [7]]
 
 
@@ -55,9 +56,11 @@ def test_wkv_state_carried_over_a_cut(version, tokens, size, dtype, cut):
     whole = outputs_and_gradients(OPS[version], inputs)
     parts = outputs_and_gradients(in_two_parts(OPS[version], version, cut), inputs)
     sums = {"du"} if version == "6.0" else {"du", "dw"}
+    if uses_tensor_cores(dtype) and min(cut, tokens - cut) < SHORT:
+        return assert_close_ratio(parts, whole, floor=2 * ROUNDING_FLOOR * torch.finfo(dtype).eps)
     for key in {"y", "state_out", *GRADIENTS} - sums:
         assert torch.equal(whole[key], parts[key]), key
-    assert_close_ratio({key: parts[key] for key in sums}, {key: whole[key] for key in sums}, limit=0)
+    assert_close_ratio({key: parts[key] for key in sums}, {key: whole[key] for key in sums}, floor=SUM_FLOOR, limit=0)
 
 
 @pytest.mark.parametrize("cut", [1, 7, 131, 199])
@@ -133,7 +136,8 @@ def test_wkv_state_packed_equals_separate(version, lengths):
         sums = {"du"} if version == "6.0" else {"du", "dw"}
         for key in set(packed) - sums:
             assert torch.equal(packed[key], alone[key]), key
-        assert_close_ratio({key: packed[key] for key in sums}, {key: alone[key] for key in sums}, limit=0)
+        packed, alone = ({key: x[key] for key in sums} for x in (packed, alone))
+        assert_close_ratio(packed, alone, floor=SUM_FLOOR, limit=0)
 
 
 @pytest.mark.parametrize("version", OPS)
