@@ -103,25 +103,29 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&d)[4], const
 
 // ---- matrix products, fp32 accumulators: c += a b ----
 // c[2h + e] is (row g + 8h, column 2t + e).
-// 16 x 16 by 16 x 8, 16-bit pairs: a[h + 2q] is (row g + 8h, columns 8q + 2t, + 1); bq is (rows 8q + 2t, + 1, column g).
+// 16 x 16 by 16 x 8, 16-bit pairs: a[h + 2q] is (row g + 8h, columns 8q + 2t and 8q + 2t + 1); bq is (rows 8q + 2t
+// and 8q + 2t + 1, column g).
 template <class T>
 __device__ __forceinline__ void mma16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 template <>
 __device__ __forceinline__ void mma16<BFloat16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+               "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 template <>
 __device__ __forceinline__ void mma16<Float16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+               "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 // 16 x 8 by 8 x 8, tf32 (the low 13 bits of an operand are ignored): a[h + 2q] is (row g + 8h, column t + 4q);
 // bq is (row t + 4q, column g).
 __device__ __forceinline__ void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1) {
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+               "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
                  "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
@@ -129,7 +133,8 @@ __device__ __forceinline__ void mma_tf32(float (&c)[4], const float (&a)[4], flo
 
 // The same with c = a b: the accumulators need not be cleared first.
 __device__ __forceinline__ void mma_tf32_from_zero(float (&c)[4], const float (&a)[4], float b0, float b1) {
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+               "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
                : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
                : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
                  "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)), "f"(0.f));
@@ -160,8 +165,8 @@ __device__ __forceinline__ float2 unpack<Float16>(uint32_t pair) {
   return __half22float2(reinterpret_cast<const __half2&>(pair));
 }
 
-// The same as unpack, by another instruction where there is one: values that a matrix product needs both as first and as
-// second operand lie in different registers for each, and from one unpack the compiler would copy them every time.
+// The same as unpack, by another instruction where there is one: values that a matrix product needs both as first and
+// as second operand lie in different registers for each; from one unpack the compiler would copy them every time.
 template <class T>
 __device__ __forceinline__ float2 unpack_again(uint32_t pair) {
   return unpack<T>(pair);
