@@ -10,32 +10,43 @@ namespace rwkv {
 
 inline constexpr int kNotSupported = cudaErrorNotSupported;
 
+// The runtime keeps the last error until it is asked for it; a later launch must not be blamed.
+inline int forget(cudaError_t error) {
+  cudaGetLastError();
+  return error;
+}
+
 // Launches blocks * threads of kernel(params) with shared_bytes of dynamic shared memory. Does not wait.
 template <class Params>
 int launch(void (*kernel)(Params), int64_t blocks, int threads, int shared_bytes, const Params& params, void* stream) {
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
-  if (shared_bytes > 48 * 1024)  // more than a kernel gets without asking
+  if (shared_bytes > 48 * 1024)  // more than a kernel gets without asking; the device remembers, not the process
     if (const cudaError_t error =
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes))
-      return error;
+      return forget(error);
   kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
   return cudaGetLastError();
 }
 
-// How many blocks of the kernel the current device holds at once.
+// How many blocks of the kernel the current device holds at once; 0 where its shared memory is too small for one.
 template <class Params>
 int resident_blocks(void (*kernel)(Params), int threads, int shared_bytes, int64_t& blocks) {
-  int device = 0, processors = 0, each = 0;
-  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  int device = 0, processors = 0, most_shared = 0, each = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return forget(error);
   if (const cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device))
-    return error;
+    return forget(error);
+  if (const cudaError_t error =
+          cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device))
+    return forget(error);
+  blocks = 0;
+  if (shared_bytes > most_shared) return cudaSuccess;
   if (shared_bytes > 48 * 1024)
     if (const cudaError_t error =
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes))
-      return error;
+      return forget(error);
   if (const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared_bytes))
-    return error;
+    return forget(error);
   blocks = static_cast<int64_t>(processors) * each;
   return cudaSuccess;
 }

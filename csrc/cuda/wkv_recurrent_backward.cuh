@@ -371,7 +371,7 @@ int run_wkv_recurrent_backward(const RecurrentBackwardTask& task, void* stream) 
 
 // How many (segment, head) pairs the device works on at once, and the bytes of scratch that a block of it needs.
 template <class Real, int kSize>
-int resident_wkv_recurrent_backward(int64_t& pairs, int64_t& scratch_bytes) {
+int wkv_recurrent_backward_blocks(int64_t& pairs, int64_t& scratch_bytes) {
   using Layout = RecurrentBackwardLayout<Real, kSize>;
   scratch_bytes = Layout::kSweepStates * kSize * kSize * int64_t{sizeof(Real)};
   return resident_blocks(wkv_recurrent_backward_kernel<Real, kSize>, Layout::kThreads, Layout::kBytes, pairs);

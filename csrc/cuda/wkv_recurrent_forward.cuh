@@ -116,7 +116,7 @@ int run_wkv_recurrent_forward(const ForwardTask& task, void* stream) {
 
 // How many (segment, head) pairs the device works on at once.
 template <class Real, int kSize>
-int resident_wkv_recurrent_forward(int64_t& pairs) {
+int wkv_recurrent_forward_blocks(int64_t& pairs) {
   using Layout = RecurrentForwardLayout<Real, kSize>;
   const int error =
       resident_blocks(wkv_recurrent_forward_kernel<Real, kSize>, Layout::kThreads, Layout::kBytes, pairs);
