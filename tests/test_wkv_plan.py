@@ -78,7 +78,7 @@ def test_plan_cuts_while_that_gains_more_than_it_costs(plan):
     assert plan(1, 1023, 1).items == 1 and not plan(1, 1023, 1).segmented
     assert plan(1, 1024, 1).items == 2 and plan(1, 1024, 1).segment_tokens == 512
     assert plan(1, 195 * 512, 1).segment_tokens == 512  # 792 segments would be shorter
-    assert plan(3, 5000, 2).items == 3 * 9 and plan(3, 5000, 2).segment_tokens == 640
+    assert plan(3, 5000, 2).items == 3 * 8 and plan(3, 5000, 2).segment_tokens == 640
 
 
 @pytest.mark.parametrize("heads", [1, 2, 12, 32, 64, 369])
