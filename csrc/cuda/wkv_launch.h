@@ -31,6 +31,7 @@ struct WkvPlan {
   int64_t segment_tokens = 1;  // >= all tokens: one segment per sequence
   int64_t items = 0;           // segments in all, per head; with cu_seqlens an upper bound
   int64_t workspace_bytes = 0;
+  int64_t blocks = 0;          // of the recurrent backward kernel: its scratch is in the workspace
 
   bool is_segmented(const WkvShape& shape) const { return segment_tokens < shape.tokens; }
 };

@@ -16,12 +16,21 @@ struct RecurrentForwardLayout {
   static constexpr int kKeyGroups = kSize / 4;  // neighbouring lanes
   static constexpr int kThreads = kKeyGroups * (kColumns / 4);
   static constexpr int kTokens = 8;  // in shared memory at a time
-  static_assert(kKeyGroups <= 32 && kThreads % 32 == 0 && kChunkTokens % kTokens == 0);
+  static_assert(kKeyGroups <= 32 && kThreads % 32 == 0 && kThreads >= 4 * kTokens && kChunkTokens % kTokens == 0);
   // Shared memory: two buffers each, one being filled while the other is read.
   static constexpr int kKeyRows = kTokens * kSize;
   static constexpr int kValueRows = kTokens * kColumns;
   static constexpr int kBytes = 2 * (3 * kKeyRows + kValueRows) * int{sizeof(Real)};
 };
+
+// The backward kernel that goes with this one has no use for scores; they are 0 rather than left to chance.
+__device__ __forceinline__ void clear_scores(const WkvForwardParams& p, const Segment& segment, int64_t head,
+                                             int64_t first, int count, int64_t tokens) {
+  const int64_t row = (segment.row * p.shape.heads + head) * p.shape.tokens + segment.item.first_token + first;
+  const int t = thread_index() / 4;
+  if (t < count && first + t < tokens)
+    store_global<float4>(static_cast<float*>(p.scores) + row * 16 + thread_index() * 4, make_float4(0, 0, 0, 0));
+}
 
 template <class Real, int kSize>
 __global__ void __launch_bounds__(RecurrentForwardLayout<Real, kSize>::kThreads)
@@ -103,6 +112,7 @@ __global__ void __launch_bounds__(RecurrentForwardLayout<Real, kSize>::kThreads)
       if (place.first_key < 16)  // the first four lanes of the column group hold a column each
         store_element(p.y, y_offset + t * p.y.token_stride + place.first_value + lane_index() % 4, column);
     }
+    if (p.scores && slice == 0) clear_scores(p, segment, head, first, kTokens, tokens);
   }
   if (segment.is_last()) store_tile<kSize>(state_at(p.state_out, segment.item.sequence), place, s);
 }
