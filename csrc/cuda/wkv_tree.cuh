@@ -36,7 +36,7 @@ struct TreeLayout {
   static constexpr int kWritePlane = kSize / 2 * kWritePitch + 64;
   static constexpr int kWriteBytes = 2 * kWritePlane;
 
-  static constexpr int kScorePitch = 20;  // floats of a row of A
+  static constexpr int kScorePitch = 24;  // floats of a row of A; banks apart for 8-byte accesses
 };
 
 // Where a unit finds its tokens and puts its results.
