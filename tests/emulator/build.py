@@ -143,8 +143,8 @@ def build(variant: Variant, program: str = "run", *, first_include: Path | None 
         scratch = folder / f"{program}-{os.getpid()}-{time.monotonic_ns()}"
         # The main instances alone leave the others undefined; a call of one of those ends the program.
         partial = ["-Wl,--unresolved-symbols=ignore-all"] if variant.main_instances_only and sources else []
-        command = [compiler(), *variant.link_flags, *partial, "-rdynamic", *map(str, objects), "-ldl", "-o", str(scratch)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        command = [compiler(), *variant.link_flags, *partial, "-rdynamic", *map(str, objects), "-ldl"]
+        done = subprocess.run([*command, "-o", str(scratch)], cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
         os.replace(scratch, target)

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from emulator.build import PLAIN, Variant, build, run
 from torch import Tensor
-
-from .build import PLAIN, Variant, build, run
 
 CHUNK = 128  # tokens between saved states
 ALIGNMENT = 16  # bytes, of addresses and strides, for the chunk kernels
