@@ -16,6 +16,8 @@ enum class Dtype : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
 inline constexpr int64_t kChunkTokens = 128;  // tokens between two states kept for backward
 
+inline constexpr int64_t kScoresPerToken = 16;  // kept for backward by the CUDA chunk kernels
+
 RWKV_HOST_DEVICE constexpr int64_t chunks_of(int64_t tokens) { return (tokens + kChunkTokens - 1) / kChunkTokens; }
 
 // A tensor seen as [B, T, H, N]: strides in elements, the last one is 1; 0 repeats (Eagle's w over B and T).

@@ -18,7 +18,7 @@ struct ForwardCall {
 
 struct BackwardCall {
   WkvBackwardParams params;
-  Tensor r, k, v, w, u, dr, dk, dv, dw, du, dstate, chunk_states;
+  Tensor r, k, v, w, u, dr, dk, dv, dw, du, dstate, chunk_states, scores;
   OptionalTensor dy, dstate_out, cu_seqlens;
 };
 
@@ -93,6 +93,12 @@ inline void check_state(const Checks& check, const char* name, const Tensor& sta
   check.state_dtype(name, state);
 }
 
+// The CUDA kernels for 16-bit activations keep a 16-token chunk's products of r and k as well (rwkv_ext/_registration.py
+// allocates the same).
+inline bool has_scores(const Tensor& r) {
+  return r.is_cuda() && (r.scalar_type() == ScalarType::BFloat16 || r.scalar_type() == ScalarType::Half);
+}
+
 inline ForwardCall prepare_forward(const char* op, Decay decay, const Tensor& r, const Tensor& k, const Tensor& v,
                                    const Tensor& w, const Tensor& u, const OptionalTensor& state,
                                    const OptionalTensor& cu_seqlens, bool save_for_backward) {
@@ -116,19 +122,23 @@ inline ForwardCall prepare_forward(const char* op, Decay decay, const Tensor& r,
   else
     call.chunk_states =
         new_empty(r, {p.shape.batch, chunks_of(p.shape.tokens), heads, size, size}, check.state_dtype());
-  call.scores = new_empty(r, {0}, check.state_dtype());
+  call.scores = save_for_backward && has_scores(r)
+                    ? new_empty(r, {p.shape.batch, heads, p.shape.tokens, kScoresPerToken}, ScalarType::Float)
+                    : new_empty(r, {0}, check.state_dtype());
 
   p.y = view_of(call.y);
   p.state = call.state ? call.state->data_ptr() : nullptr;
   p.state_out = call.state_out.data_ptr();
   p.chunk_states = save_for_backward ? call.chunk_states.data_ptr() : nullptr;
+  p.scores = call.scores.numel() ? call.scores.data_ptr() : nullptr;
   return call;
 }
 
 inline BackwardCall prepare_backward(const char* op, Decay decay, const OptionalTensor& dy,
                                      const OptionalTensor& dstate_out, const Tensor& r, const Tensor& k,
                                      const Tensor& v, const Tensor& w, const Tensor& u, const OptionalTensor& state,
-                                     const OptionalTensor& cu_seqlens, const Tensor& chunk_states) {
+                                     const OptionalTensor& cu_seqlens, const Tensor& chunk_states,
+                                     const Tensor& scores) {
   const Checks check(op, r);
   check.rank("[B, T, H, N]", 4);
   BackwardCall call;
@@ -145,10 +155,17 @@ inline BackwardCall prepare_backward(const char* op, Decay decay, const Optional
   if (chunk_states.numel() != p.shape.chunks * heads * size * size)
     fail(check.op(), ": chunk_states must hold ", p.shape.chunks, " states of [H, N, N] = ", "[", heads, ", ", size,
          ", ", size, "], got shape ", shape_text(chunk_states), "; run the forward op with save_for_backward = true");
+  check.device("scores", scores);
+  if (has_scores(r)) {
+    check.shape("scores", scores, "[B, H, T, 16]", {p.shape.batch, heads, p.shape.tokens, kScoresPerToken});
+    if (scores.scalar_type() != ScalarType::Float)
+      fail(check.op(), ": scores must be float32, got ", dtype_text(scores.scalar_type()));
+  }
 
   if (dy) call.dy = with_unit_last_stride(*dy);
   call.dstate_out = contiguous(dstate_out);
   call.chunk_states = chunk_states.is_contiguous() ? chunk_states : torch::stable::contiguous(chunk_states);
+  call.scores = scores.is_contiguous() ? scores : torch::stable::contiguous(scores);
   const auto like_r = [&] { return new_empty(r, {p.shape.batch, p.shape.tokens, heads, size}, r.scalar_type()); };
   call.dr = like_r(), call.dk = like_r(), call.dv = like_r();
   call.dw = decay == Decay::kEagle ? new_empty(w, {heads, size}, w.scalar_type())
@@ -162,6 +179,7 @@ inline BackwardCall prepare_backward(const char* op, Decay decay, const Optional
   if (decay == Decay::kFinch) p.dw = view_of(call.dw);
   p.dstate_out = call.dstate_out ? call.dstate_out->data_ptr() : nullptr;
   p.chunk_states = call.chunk_states.data_ptr();
+  p.scores = has_scores(r) ? call.scores.data_ptr() : nullptr;
   p.dstate = state ? call.dstate.data_ptr() : nullptr;
   return call;
 }

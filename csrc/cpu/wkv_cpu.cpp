@@ -106,9 +106,10 @@ Forward forward(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor&
 template <Decay kDecay>
 Backward backward(const OptionalTensor& dy, const OptionalTensor& dstate_out, const Tensor& r, const Tensor& k,
                   const Tensor& v, const Tensor& w, const Tensor& u, const OptionalTensor& state,
-                  const OptionalTensor& cu_seqlens, const Tensor& chunk_states, const Tensor&) {
+                  const OptionalTensor& cu_seqlens, const Tensor& chunk_states, const Tensor& scores) {
   const char* op = kDecay == Decay::kEagle ? "wkv5_backward" : "wkv6_backward";
-  BackwardCall call = prepare_backward(op, kDecay, dy, dstate_out, r, k, v, w, u, state, cu_seqlens, chunk_states);
+  BackwardCall call =
+      prepare_backward(op, kDecay, dy, dstate_out, r, k, v, w, u, state, cu_seqlens, chunk_states, scores);
   const WkvShape& shape = call.params.shape;
   std::vector<double> du(shape.sequences * shape.heads * shape.head_size), dw(shape.constant_decay ? du.size() : 0);
   call.params.du_partial = du.data();

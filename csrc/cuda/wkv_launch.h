@@ -36,9 +36,9 @@ struct WkvPlan {
   bool is_segmented(const WkvShape& shape) const { return segment_tokens < shape.tokens; }
 };
 
-// Chunk kernels need base addresses and strides of r, k, v, w (if [B, T, H, N]), dy and the outputs to be multiples of
-// this many bytes; recurrent kernels take any.
-inline constexpr int64_t kChunkKernelAlignment = 16;
+// Bytes that are read or written at once. States and what forward saved must start at a multiple of them; for chunk
+// kernels also every row of r, k, v, w (if [B, T, H, N]), dy and the outputs. Recurrent kernels take any rows.
+inline constexpr int64_t kVectorAlignment = 16;
 
 int plan_wkv_forward(const WkvForwardParams& params, const WkvForced& forced, WkvPlan& plan);
 int launch_wkv_forward(const WkvForwardParams& params, const WkvPlan& plan, void* workspace, void* stream);
@@ -52,7 +52,8 @@ int launch_wkv_summary(const WkvSummaryParams& params, const WkvPlan& plan, void
 
 int launch_wkv_step(const WkvStepParams& params, void* stream);
 
-// "name: what it means" of an error that any of these returned.
+// What an error that any of these returned means, and whether it means that nothing was built for this GPU.
 const char* cuda_error_text(int error);
+bool cuda_error_is_missing_image(int error);
 
 }  // namespace rwkv
