@@ -3,10 +3,16 @@
 # make build  build what changed
 # make lint   ruff, the one-file-includes-torch rule, file lengths
 #
+# make test-gpu      on a GPU: primitives, every test of the ops, models, memory and race checks (says so without a GPU)
+# make bench-gpu     on a GPU: check, then time; one report with pictures under benchmarks/results/
+# make gpu-programs  the programs that test-gpu runs; needs nvcc and no GPU
+#
 # DATA=PATH    the demo's text: a folder or file of your own
 # MINUTES=N    how long the demo may take, 10 unless told
 # TORCH=SPEC   another torch than the constraints name, e.g. TORCH='torch==2.11.0'
 # PYTHON=EXE   the Python that makes .venv, 3.10 or newer
+# BUILT=1      test-gpu and bench-gpu: build nothing, run PYTHON with the libraries in place, wherever they were built
+# BENCH=...    bench-gpu: options of benchmarks/bench_gpu.py, such as BENCH='--upstream PATH'
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -20,13 +26,38 @@ CPU_TORCH := --extra-index-url https://download.pytorch.org/whl/cpu --retries 0 
 export RWKV_EXT_CUDA ?= $(if $(shell command -v nvcc),1,auto)
 export TORCH_CUDA_ARCH_LIST ?= $(or $(GPU),9.0)
 
-.PHONY: demo test build lint clean prerequisites
+# One architecture as nvcc names it: 9.0 is sm_90.
+ARCH := sm_$(subst .,,$(firstword $(subst ;, ,$(subst +PTX,,$(TORCH_CUDA_ARCH_LIST)))))
+GPU_RUN := $(if $(BUILT),$(PYTHON),$(RUN))
+
+.PHONY: demo test test-gpu bench-gpu gpu-programs build lint clean prerequisites
 
 demo: build
 	$(RUN) train/demo.py --out demo $(if $(DATA),--data "$(DATA)") $(if $(MINUTES),--minutes $(MINUTES))
 
 test: build
 	$(RUN) -m pytest tests
+
+ifeq ($(GPU),)
+test-gpu bench-gpu:
+	@echo "make $@: skipped, nvidia-smi finds no GPU here"
+else
+# First the tests that are about a GPU, then the ops' own with the GPU as torch's default device.
+OP_TESTS := $(filter-out %_abi.py %_library.py tests/test_wkv_cuda_%,$(wildcard tests/test_wkv_*.py))
+
+test-gpu: $(if $(BUILT),,build gpu-programs)
+	$(GPU_RUN) -m pytest -rs tests/test_device_primitives.py tests/test_gpu_*.py tests/test_wkv_cuda_*.py
+	$(GPU_RUN) -m pytest -rs --device cuda $(OP_TESTS)
+
+bench-gpu: $(if $(BUILT),,build)
+	$(GPU_RUN) benchmarks/bench_gpu.py $(BENCH)
+endif
+
+gpu-programs: build/gpu/device_primitives
+
+build/gpu/device_primitives: tests/device_primitives/main.cu tests/device_primitives/cases.cuh $(wildcard csrc/cuda/*.h)
+	mkdir -p build/gpu
+	nvcc -std=c++20 -O2 -arch=$(ARCH) -cudart static -Xcompiler -static-libstdc++ -Icsrc -o $@ $<
 
 build: .venv/installed
 	$(RUN) setup.py --quiet build_ext --inplace
