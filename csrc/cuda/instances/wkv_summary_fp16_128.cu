@@ -1,0 +1,10 @@
+#include "cuda/wkv_summary.cuh"
+
+namespace rwkv {
+template int run_wkv_summary<Float16, Float16, 128, false>(const SummaryTask&, void*);
+template int run_wkv_summary<Float16, float, 128, false>(const SummaryTask&, void*);
+template int run_wkv_summary<Float16, float, 128, true>(const SummaryTask&, void*);
+template int wkv_summary_blocks<Float16, Float16, 128, false>(int64_t&);
+template int wkv_summary_blocks<Float16, float, 128, false>(int64_t&);
+template int wkv_summary_blocks<Float16, float, 128, true>(int64_t&);
+}  // namespace rwkv
