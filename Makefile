@@ -1,6 +1,7 @@
 # make demo   set everything up, then: raw text -> shards -> a trained Finch -> loss curve -> generated text
 # make test   set everything up, build, run every test
 # make build  build what changed
+# make test-kernels   the CUDA kernels without a GPU, all of it: every instance, sanitizers, mutations, every architecture
 # make lint   ruff, the one-file-includes-torch rule, file lengths
 #
 # make test-gpu      on a GPU: primitives, every test of the ops, models, memory and race checks (says so without a GPU)
@@ -58,6 +59,9 @@ gpu-programs: build/gpu/device_primitives
 build/gpu/device_primitives: tests/device_primitives/main.cu tests/device_primitives/cases.cuh $(wildcard csrc/cuda/*.h)
 	mkdir -p build/gpu
 	nvcc -std=c++20 -O2 -arch=$(ARCH) -cudart static -Xcompiler -static-libstdc++ -Icsrc -o $@ $<
+
+test-kernels: build
+	$(RUN) -m pytest tests -m kernels
 
 build: .venv/installed
 	$(RUN) setup.py --quiet build_ext --inplace

@@ -71,12 +71,13 @@ def compiler_version():
 
 def is_main_instance(source: Path) -> bool:
     """bf16, N = 64 of the chunk kernels; fp32 of the kernels that have no other types."""
-    return not re.search(r"fp16|fp64|_32\b|_128\b", source.stem)
+    return not re.search(r"fp16|fp64|_n32\b|_n128\b", source.stem)
 
 
 def kernel_sources(main_only: bool) -> list[Path]:
+    host = [x for x in sorted((ROOT / "csrc/cuda").glob("*.cu")) if x.name != "cuda_errors.cu"]  # that one is CUDA's own
     instances = sorted((ROOT / "csrc/cuda/instances").glob("*.cu"))
-    return [ROOT / "csrc/cuda/wkv_dispatch.cu", *(x for x in instances if is_main_instance(x) or not main_only)]
+    return [*host, *(x for x in instances if is_main_instance(x) or not main_only)]
 
 
 def digest(flags, files):

@@ -163,8 +163,8 @@ class Emulator:
             return None
         if x.stride(-1) != 1:
             x = x.contiguous()
-        if x.element_size() == 2 and x.dim() == 4:
-            places = [x.data_ptr(), *(s * 2 for n, s in zip(x.shape[:3], x.stride()) if n > 1)]
+        if x.dim() == 4 and self.kernel != "recurrent":
+            places = [x.data_ptr(), *(s * x.element_size() for n, s in zip(x.shape[:3], x.stride()) if n > 1)]
             if any(place % ALIGNMENT for place in places):
                 x = x.clone(memory_format=torch.contiguous_format)
         return x

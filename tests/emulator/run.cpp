@@ -222,7 +222,7 @@ int main(int count, char** words) {
   }
   const Problem problem = read_problem(words[1]);
   if (const int error = run(problem)) {
-    std::cerr << "launch error: " << cuda_error_text(error) << "\n";
+    std::cerr << "launch error " << error << "\n";
     return kLaunchErrorExit;
   }
   std::ofstream result(words[2], std::ios::binary);

@@ -1,0 +1,49 @@
+"""The CUDA kernels' own sources, run by the emulator, against the fp64 reference.
+
+`make test` covers the main instance (bf16, N = 64); everything else has the marker kernels: `make test-kernels`.
+"""
+
+import pytest
+import torch
+from emulator.ops import Emulator
+from kernel_cases import (
+    CHUNK_INSTANCES,
+    MAIN,
+    MAIN_INSTANCES,
+    RECURRENT_INSTANCES,
+    REFERENCES,
+    Case,
+    complaints,
+    covering,
+    inputs_of,
+)
+
+from rwkv_ext.testing import outputs_and_gradients
+
+pytestmark = pytest.mark.cpu
+MAIN_CASES = covering(MAIN_INSTANCES)
+ALL_CASES = covering([*CHUNK_INSTANCES, *RECURRENT_INSTANCES])
+
+
+def emulator_for(case: Case, **settings) -> Emulator:
+    return Emulator(kernel=case.instance.kernel, segment_tokens=case.segment_tokens, **settings)
+
+
+def check(case: Case):
+    inputs = inputs_of(case)
+    op = REFERENCES[case.instance.version]
+    exact = outputs_and_gradients(op, inputs.double(), cotangents=case.cotangents)
+    plain = outputs_and_gradients(op, inputs, cotangents=case.cotangents)
+    actual = outputs_and_gradients(emulator_for(case).wkv6, inputs, cotangents=case.cotangents)
+    assert not (wrong := complaints(case, inputs, actual, exact, plain)), "\n".join(wrong)
+
+
+@pytest.mark.parametrize("case", MAIN_CASES, ids=str)
+def test_main_instances_match_the_reference(case):
+    check(case)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("case", ALL_CASES, ids=str)
+def test_every_instance_matches_the_reference(case):
+    check(case)
