@@ -13,7 +13,10 @@ import torch
 
 from rwkv_ext import ops, testing
 
-OPS = {"5.2": (ops.wkv5, ops.wkv5_step), "6.0": (ops.wkv6, ops.wkv6_step)}
+OPS = {
+    "5.2": (ops.wkv5, ops.wkv5_step, ops.wkv5_summary, ops.wkv5_adjoint_summary),
+    "6.0": (ops.wkv6, ops.wkv6_step, ops.wkv6_summary, ops.wkv6_adjoint_summary),
+}
 CASES = [
     dict(batch=2, tokens=33, heads=1, size=64, dtype=torch.bfloat16),
     dict(batch=1, tokens=145, heads=1, size=64, dtype=torch.bfloat16, parameter_dtype=torch.bfloat16),
@@ -31,11 +34,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     device = parser.parse_args().device
-    for version, (op, step) in OPS.items():
+    for version, (op, step, summary, adjoint_summary) in OPS.items():
         for case in CASES:
             inputs = testing.make_inputs(version, **case, device=device)
-            results = testing.outputs_and_gradients(op, inputs)
-            assert all(x.cpu().isfinite().all() for x in results.values()), case
+            results = list(testing.outputs_and_gradients(op, inputs).values())
+            r, k, v, w, _, _, cu_seqlens = inputs
+            results += [*summary(k, v, w, cu_seqlens), adjoint_summary(r, w, v, cu_seqlens)]
+            assert all(x.cpu().isfinite().all() for x in results), case
             if inputs.cu_seqlens is None:
                 token = [x[:, 0] if x.dim() == 4 else x for x in inputs[:4]]
                 assert step(*token, inputs.u, inputs.state).cpu().isfinite().all(), case
