@@ -3,8 +3,8 @@
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/gpu_sanitized.py
 
 Lengths are just past a block of 16 and a chunk of 128 tokens; without torch's cache every tensor is an allocation of
-its own, so that memcheck sees the first byte past its end. Inputs are made and results judged on the CPU: hardly a kernel
-but ours runs.
+its own, so that memcheck sees the first byte past its end. Inputs are made and results judged on the CPU: hardly any
+kernel but ours runs.
 """
 
 import argparse
