@@ -80,11 +80,11 @@ def ops_extension():
     macros = {"TORCH_TARGET_VERSION": "0x020b000000000000"}  # torch 2.11: one binary for every later one
     nvcc = ["-std=c++20", "-lineinfo", *OPTIMISE]
     if toolkit := choose_cuda():
-        home, folder, version = toolkit
-        cpp_extension.CUDA_HOME = home
+        cpp_extension.CUDA_HOME, folder, version = toolkit
         # This process only: lets BuildExtension track the headers of .cu files beside a CPU-only torch.
         torch.version.cuda = version
         files += sources("cuda/*.cpp", "cuda/*.cu", "cuda/instances/*.cu")
+        files.remove("csrc/wkv_cuda_absent.cpp")
         folders, libraries = [folder], ["-l:libcudart_static.a", "-lrt", "-ldl", "-lpthread"]
         macros |= {"RWKV_CUDA_VERSION": f'"{version}"', "RWKV_CUDA_ARCHS": f'"{arch_list()}"'}
         nvcc += gencode()

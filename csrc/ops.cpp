@@ -14,10 +14,14 @@
 
 namespace {
 
+constexpr const char* kCudaOps =
+    "wkv5_forward wkv5_backward wkv5_step wkv5_summary wkv5_adjoint_summary "
+    "wkv6_forward wkv6_backward wkv6_step wkv6_summary wkv6_adjoint_summary";
+
 // "name=value" lines; lists are separated by spaces.
 std::string build_info() {
   return std::string("cpu_instruction_set=") + rwkv::cpu_instruction_set() + "\ncuda_version=" RWKV_CUDA_VERSION +
-         "\ncuda_archs=" RWKV_CUDA_ARCHS "\ncuda_ops=" + (*RWKV_CUDA_VERSION ? "wkv5_step wkv6_step" : "") + "\n";
+         "\ncuda_archs=" RWKV_CUDA_ARCHS "\ncuda_ops=" + (*RWKV_CUDA_VERSION ? kCudaOps : "") + "\n";
 }
 
 }  // namespace

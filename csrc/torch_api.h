@@ -15,6 +15,10 @@
 #include <exception>
 #include <mutex>
 #include <optional>
+#include <stdexcept>
+
+// Weak: torch has it from 2.13 on.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace rwkv {
 
@@ -22,9 +26,31 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, dtype);
+// Calls into torch; a failure keeps torch's own sentence, such as "CUDA out of memory. Tried to allocate ...", where
+// this torch tells it (2.13 and newer), instead of naming a line of a header.
+template <class Call>
+Tensor in_torchs_words(const Call& call) {
+  try {
+    return call();
+  } catch (const std::exception&) {
+    const char* reason = nullptr;
+    if (torch_exception_get_what_without_backtrace) reason = torch_exception_get_what_without_backtrace();
+    if (!reason || !*reason) throw;
+    throw std::runtime_error(reason);
+  }
 }
+
+inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return in_torchs_words([&] { return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, dtype); });
+}
+
+inline Tensor contiguous_copy(const Tensor& x) {
+  Tensor copy = in_torchs_words([&] { return torch::stable::new_empty(x, x.sizes()); });
+  torch::stable::copy_(copy, x);
+  return copy;
+}
+
+inline void set_zero(Tensor& x) { torch::stable::zero_(x); }
 
 // The same elements with a unit last stride; no copy where that already holds.
 inline Tensor with_unit_last_stride(const Tensor& x) {

@@ -1,4 +1,4 @@
-// What an op says on CUDA tensors when this build has no CUDA kernel for it.
+// What the ops say on CUDA tensors in a build without CUDA; in one with it, cuda/wkv_cuda.cpp takes their place.
 #include <initializer_list>
 #include <tuple>
 #include <utility>
@@ -9,20 +9,13 @@
 namespace rwkv {
 namespace {
 
-#ifdef RWKV_CUDA_VERSION
-constexpr const char* kReason = "rwkv_ext has no CUDA kernel for this op yet (wkv5_step and wkv6_step have one)";
-constexpr const char* kRemedy = "move the tensors to the CPU, or use rwkv_ext.reference";
-#else
-constexpr const char* kReason = "rwkv_ext was built without CUDA";
-constexpr const char* kRemedy = "rebuild with RWKV_EXT_CUDA=1 pip install --no-build-isolation -e .";
-#endif
-
-// These kernels are also reached with the first tensor elsewhere, when another tensor is on a GPU: then that is what is wrong.
+// Also reached with the first tensor elsewhere, when another tensor is on a GPU: then that is what is wrong.
 [[noreturn]] void refuse(const char* op, const char* name, const Tensor& first,
                          std::initializer_list<std::pair<const char*, const Tensor&>> others) {
   const Checks check(op, first, name);
   for (const auto& [other_name, other] : others) check.device(other_name, other);
-  fail<std::runtime_error>(op, ": ", name, " is on ", device_text(first), ", but ", kReason, "; ", kRemedy);
+  fail<std::runtime_error>(op, ": ", name, " is on ", device_text(first), ", but rwkv_ext was built without CUDA; "
+                           "rebuild with RWKV_EXT_CUDA=1 pip install --no-build-isolation -e .");
 }
 
 [[noreturn]] void refuse(const char* op, const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w,
@@ -56,13 +49,11 @@ Tensor adjoint_summary(const Tensor& r, const Tensor& w, const Tensor& dy, const
   refuse(kVersion == 5 ? "wkv5_adjoint_summary" : "wkv6_adjoint_summary", "r", r, {{"w", w}, {"dy", dy}});
 }
 
-#ifndef RWKV_CUDA_VERSION
 template <int kVersion>
 Tensor step(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u, Tensor,
             const OptionalTensor&) {
   refuse(kVersion == 5 ? "wkv5_step" : "wkv6_step", r, k, v, w, u);
 }
-#endif
 
 }  // namespace
 }  // namespace rwkv
@@ -76,8 +67,6 @@ STABLE_TORCH_LIBRARY_IMPL(rwkv_ext, CUDA, m) {
   m.impl("wkv6_summary", TORCH_BOX(&rwkv::summary<6>));
   m.impl("wkv5_adjoint_summary", TORCH_BOX(&rwkv::adjoint_summary<5>));
   m.impl("wkv6_adjoint_summary", TORCH_BOX(&rwkv::adjoint_summary<6>));
-#ifndef RWKV_CUDA_VERSION
   m.impl("wkv5_step", TORCH_BOX(&rwkv::step<5>));
   m.impl("wkv6_step", TORCH_BOX(&rwkv::step<6>));
-#endif
 }

@@ -11,6 +11,7 @@ from torch._C import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
 from . import _load
 
 CHUNK_TOKENS = 128  # tokens between two states saved for backward: kChunkTokens of csrc/wkv_params.h
+SCORES_PER_TOKEN = 16  # likewise, by the CUDA kernels for 16-bit activations: kScoresPerToken
 AUTOCAST_KEYS = {"cpu": DispatchKey.AutocastCPU, "cuda": DispatchKey.AutocastCUDA}
 
 
@@ -47,8 +48,12 @@ def _forward_fake(op, r, k, v, w, u, state, cu_seqlens, save_for_backward):
         chunk_states = new(batch, chunks, heads, size, size)
     else:
         chunk_states = new(chunks + sequences - 1, heads, size, size)
+    if save_for_backward and r.is_cuda and r.dtype in (torch.bfloat16, torch.float16):
+        scores = r.new_empty(batch, heads, tokens, SCORES_PER_TOKEN, dtype=torch.float32)
+    else:
+        scores = new(0)
     y = r.new_empty(batch, tokens, heads, size)
-    return y, new(sequences, heads, size, size), chunk_states, new(0)
+    return y, new(sequences, heads, size, size), chunk_states, scores
 
 
 def _backward_fake(op, dy, dstate_out, r, k, v, w, u, state, cu_seqlens, chunk_states, scores):

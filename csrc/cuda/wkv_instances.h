@@ -1,16 +1,16 @@
-// The compiled instances of every kernel (instances/*.cu), declared, and the way to them from what is known at run time.
+// The compiled instances of every kernel (instances/*.cu), declared (those for segments: wkv_segments.h), and the way to
+// them from what is known at run time.
 #pragma once
-
-#include <type_traits>
 
 #include "cuda/device_launch.h"
 #include "cuda/device_primitives.h"
 #include "cuda/wkv_recurrent_task.h"
+#include "cuda/wkv_segments.h"
 #include "cuda/wkv_work.h"
 
 namespace rwkv {
 
-// ---- chunk kernels: activations T, decay parameter W, head size, Eagle; *_blocks: how many the device holds at once ----
+// ---- chunk kernels: activations T, decay parameter W, head size, Eagle; *_blocks: what the device holds at once ----
 template <class T, class W, int kSize, bool kConstantDecay>
 int run_wkv_forward(const ForwardTask& task, void* stream);
 template <class T, class W, int kSize, bool kConstantDecay>
@@ -24,53 +24,85 @@ int wkv_backward_blocks(int64_t& blocks);
 template <class Real, int kSize>
 int run_wkv_recurrent_forward(const ForwardTask& task, void* stream);
 template <class Real, int kSize>
-int wkv_recurrent_forward_blocks(int64_t& pairs);
+int wkv_recurrent_forward_blocks(int64_t& pairs);  // (segment, head) pairs that the device works on at once
 template <class Real, int kSize>
 int run_wkv_recurrent_backward(const RecurrentBackwardTask& task, void* stream);
 template <class Real, int kSize>
-int wkv_recurrent_backward_blocks(int64_t& pairs, int64_t& scratch_bytes);
+int wkv_recurrent_backward_needs(RecurrentBackwardNeeds& needs);
+template <class Real, int kSize>
+int run_wkv_recurrent_summary(const SummaryTask& task, void* stream);
 template <class Real, int kSize>
 int run_wkv_step(const WkvStepParams& params, void* stream);
 
 // ---- from run-time values to template arguments ----
 
-template <class T>
-struct Type {
-  using type = T;
+template <class T, class W, int kSize, bool kConstantDecay>
+struct ChunkInstance {
+  // Their instances are not compiled yet: the recurrent kernels take over.
+  static int forward_blocks(int64_t& blocks) { return blocks = 0; }
+  static int backward_blocks(int64_t& blocks) { return blocks = 0; }
+  static int summary_blocks(int64_t& blocks) { return wkv_summary_blocks<T, W, kSize, kConstantDecay>(blocks); }
+  static int run(const ForwardTask&, void*) { return kNotSupported; }
+  static int run(const BackwardTask&, void*) { return kNotSupported; }
+  static int run(const SummaryTask& task, void* stream) {
+    return run_wkv_summary<T, W, kSize, kConstantDecay>(task, stream);
+  }
 };
 
-// body(std::integral_constant<int, head size>)
-template <class Body>
+template <class Real, int kSize>
+struct RecurrentInstance {
+  static int forward_blocks(int64_t& pairs) { return wkv_recurrent_forward_blocks<Real, kSize>(pairs); }
+  static int backward_needs(RecurrentBackwardNeeds& needs) { return wkv_recurrent_backward_needs<Real, kSize>(needs); }
+  static int run(const ForwardTask& task, void* stream) { return run_wkv_recurrent_forward<Real, kSize>(task, stream); }
+  static int run(const RecurrentBackwardTask& task, void* stream) {
+    return run_wkv_recurrent_backward<Real, kSize>(task, stream);
+  }
+  static int run(const SummaryTask& task, void* stream) { return run_wkv_recurrent_summary<Real, kSize>(task, stream); }
+  static int run(const WkvStepParams& params, void* stream) { return run_wkv_step<Real, kSize>(params, stream); }
+};
+
+// body(instance)
+template <template <int> class Instance, class Body>
 int with_head_size(int64_t size, const Body& body) {
   switch (size) {
-    case 32: return body(std::integral_constant<int, 32>());
-    case 64: return body(std::integral_constant<int, 64>());
-    case 128: return body(std::integral_constant<int, 128>());
+    case 32: return body(Instance<32>());
+    case 64: return body(Instance<64>());
+    case 128: return body(Instance<128>());
     default: return kNotSupported;
   }
 }
 
-// body(Type<Real>, std::integral_constant<int, head size>)
+template <int kSize>
+using RecurrentFp32 = RecurrentInstance<float, kSize>;
+template <int kSize>
+using RecurrentFp64 = RecurrentInstance<double, kSize>;
+
 template <class Body>
 int with_recurrent_instance(const WkvShape& shape, const Body& body) {
-  return with_head_size(shape.head_size, [&](auto size) {
-    return shape.fp64 ? body(Type<double>(), size) : body(Type<float>(), size);
-  });
+  return shape.fp64 ? with_head_size<RecurrentFp64>(shape.head_size, body)
+                    : with_head_size<RecurrentFp32>(shape.head_size, body);
 }
 
-// body(Type<T>, Type<W>, std::integral_constant<int, head size>, std::bool_constant<Eagle>). Eagle's w is read once,
-// whatever its dtype, so there is one W for it.
+template <class T, class W, bool kConstantDecay>
+struct ChunkTypes {
+  template <int kSize>
+  using Instance = ChunkInstance<T, W, kSize, kConstantDecay>;
+};
+
+// T for 16-bit activations. Eagle's w is read once, whatever its dtype, so there is one W for it.
+template <class T, class Body>
+int with_chunk_types(const WkvShape& shape, bool decay_is_fp32, const Body& body) {
+  if (shape.constant_decay) return with_head_size<ChunkTypes<T, float, true>::template Instance>(shape.head_size, body);
+  if (decay_is_fp32) return with_head_size<ChunkTypes<T, float, false>::template Instance>(shape.head_size, body);
+  return with_head_size<ChunkTypes<T, T, false>::template Instance>(shape.head_size, body);
+}
+
 template <class Body>
 int with_chunk_instance(const WkvShape& shape, Dtype activation, Dtype decay, const Body& body) {
-  const auto with_activation = [&](auto type) {
-    return with_head_size(shape.head_size, [&](auto size) {
-      if (shape.constant_decay) return body(type, Type<float>(), size, std::true_type());
-      if (decay == Dtype::kFloat32) return body(type, Type<float>(), size, std::false_type());
-      return decay == activation ? body(type, type, size, std::false_type()) : kNotSupported;
-    });
-  };
-  if (activation == Dtype::kBFloat16) return with_activation(Type<BFloat16>());
-  if (activation == Dtype::kFloat16) return with_activation(Type<Float16>());
+  const bool decay_is_fp32 = decay == Dtype::kFloat32;
+  if (!decay_is_fp32 && decay != activation) return kNotSupported;
+  if (activation == Dtype::kBFloat16) return with_chunk_types<BFloat16>(shape, decay_is_fp32, body);
+  if (activation == Dtype::kFloat16) return with_chunk_types<Float16>(shape, decay_is_fp32, body);
   return kNotSupported;
 }
 

@@ -358,12 +358,12 @@ int run_wkv_recurrent_backward(const RecurrentBackwardTask& task, void* stream) 
                 stream);
 }
 
-// How many (segment, head) pairs the device works on at once, and the bytes of scratch that a block of it needs.
 template <class Real, int kSize>
-int wkv_recurrent_backward_blocks(int64_t& pairs, int64_t& scratch_bytes) {
+int wkv_recurrent_backward_needs(RecurrentBackwardNeeds& needs) {
   using Layout = RecurrentBackwardLayout<Real, kSize>;
-  scratch_bytes = Layout::kSweepStates * kSize * kSize * int64_t{sizeof(Real)};
-  return resident_blocks(wkv_recurrent_backward_kernel<Real, kSize>, Layout::kThreads, Layout::kBytes, pairs);
+  needs.scratch_bytes = Layout::kSweepStates * kSize * kSize * int64_t{sizeof(Real)};
+  needs.dv_shares = Layout::kSlices > 1;
+  return resident_blocks(wkv_recurrent_backward_kernel<Real, kSize>, Layout::kThreads, Layout::kBytes, needs.pairs);
 }
 
 }  // namespace rwkv

@@ -1,4 +1,4 @@
-// What the recurrent backward kernel is launched with.
+// What the recurrent backward kernel is launched with, and what it needs for that.
 #pragma once
 
 #include "cuda/wkv_work.h"
@@ -16,6 +16,12 @@ struct RecurrentBackwardTask {
   int64_t blocks = 0;                     // launched: each takes every blocks-th (segment, head)
   void* block_states = nullptr;           // [blocks, states of a chunk, N, N]: scratch
   void* dv_shares = nullptr;              // [B, T, H, N]: scratch where dv is too coarse to add up in; or nullptr
+};
+
+struct RecurrentBackwardNeeds {
+  int64_t pairs = 0;          // (segment, head) pairs that the device works on at once
+  int64_t scratch_bytes = 0;  // of one block's block_states
+  bool dv_shares = false;     // unless dv is Real
 };
 
 }  // namespace rwkv
