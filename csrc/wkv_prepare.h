@@ -93,8 +93,8 @@ inline void check_state(const Checks& check, const char* name, const Tensor& sta
   check.state_dtype(name, state);
 }
 
-// The CUDA kernels for 16-bit activations keep a 16-token chunk's products of r and k as well (rwkv_ext/_registration.py
-// allocates the same).
+// The CUDA kernels for 16-bit activations keep a 16-token chunk's products of r and k as well. The fake in
+// rwkv_ext/_registration.py says the same.
 inline bool has_scores(const Tensor& r) {
   return r.is_cuda() && (r.scalar_type() == ScalarType::BFloat16 || r.scalar_type() == ScalarType::Half);
 }

@@ -1,5 +1,5 @@
-// One element of a tensor whose dtype is known at run time, and four neighbours of an array of the arithmetic type Real.
-// Reading is in two steps, so that many elements can be on their way before the first is needed.
+// One element of a tensor whose dtype is known at run time, and four neighbours of an array of the arithmetic type
+// Real. Reading is in two steps, so that many elements can be on their way before the first is needed.
 #pragma once
 
 #include <cmath>

@@ -1,5 +1,5 @@
-// The compiled instances of every kernel (instances/*.cu), declared (those for segments: wkv_segments.h), and the way to
-// them from what is known at run time.
+// The compiled instances of every kernel (instances/*.cu), declared (those for segments: wkv_segments.h), and the way
+// to them from what is known at run time.
 #pragma once
 
 #include "cuda/device_launch.h"

@@ -1,12 +1,14 @@
 // The WKV recurrence, backward, one token at a time (G_t = dL/dS_t, q_t = dL/dy_t, vq_t = v_t . q_t):
-//   dr_t[i] = sum_j q_t[j] S_{t-1}[i,j] + u[i] k_t[i] vq_t      du[i]   = sum_t r_t[i] k_t[i] vq_t
-//   dk_t[i] = sum_j v_t[j] G_t[i,j]     + u[i] r_t[i] vq_t      dw_t[i] = -exp(w_t[i]) e_t[i] sum_j S_{t-1}[i,j] G_t[i,j]
+//   dr_t[i] = sum_j q_t[j] S_{t-1}[i,j] + u[i] k_t[i] vq_t
+//   dk_t[i] = sum_j v_t[j] G_t[i,j]     + u[i] r_t[i] vq_t      du[i] = sum_t r_t[i] k_t[i] vq_t
 //   dv_t[j] = sum_i k_t[i] G_t[i,j]     + q_t[j] sum_i r_t[i] u[i] k_t[i]
+//   dw_t[i] = -exp(w_t[i]) e_t[i] sum_j S_{t-1}[i,j] G_t[i,j]
 //   G_{t-1}[i,j] = e_t[i] G_t[i,j] + r_t[i] q_t[j]
 // dw is a sum of products that each contain e_t: nothing is subtracted, so no decay loses digits.
 //
-// A block takes one (segment, head) at a time. S runs forward and G backward, so states are recomputed: from the saved one of each
-// 128-token chunk to one every kTokens (a sweep, into the workspace), then to every token of a few (in registers).
+// A block takes one (segment, head) at a time. S runs forward and G backward, so states are recomputed: from the saved
+// one of each 128-token chunk to one every kTokens (a sweep, into the workspace), then to every token of a few (in
+// registers).
 // Rows of S and G never meet but in dv, so where a whole state does not fit in the registers of a block it takes kKeys
 // rows at a time, from the last token to the first, and adds their shares of dv one after another.
 #pragma once
@@ -29,8 +31,8 @@ struct RecurrentBackwardLayout {
   // Shared memory, in elements.
   static constexpr int kKeyRows = kTokens * kKeys;
   static constexpr int kValueRows = kTokens * kSize;
-  static constexpr int kBytes = (7 * kKeyRows + (2 + kKeyGroups) * kValueRows + kKeys + 2 * kTokens) * int{sizeof(Real)} +
-                                kThreads * int{sizeof(double)};
+  static constexpr int kElements = 7 * kKeyRows + (2 + kKeyGroups) * kValueRows + kKeys + 2 * kTokens;
+  static constexpr int kBytes = kThreads * int{sizeof(double)} + kElements * int{sizeof(Real)};
 };
 
 // The block's buffers in shared memory.
