@@ -1,0 +1,10 @@
+#include "cuda/wkv_forward.cuh"
+
+namespace rwkv {
+template int run_wkv_forward<BFloat16, BFloat16, 32, false>(const ForwardTask&, void*);
+template int run_wkv_forward<BFloat16, float, 32, false>(const ForwardTask&, void*);
+template int run_wkv_forward<BFloat16, float, 32, true>(const ForwardTask&, void*);
+template int wkv_forward_blocks<BFloat16, BFloat16, 32, false>(int64_t&);
+template int wkv_forward_blocks<BFloat16, float, 32, false>(int64_t&);
+template int wkv_forward_blocks<BFloat16, float, 32, true>(int64_t&);
+}  // namespace rwkv
