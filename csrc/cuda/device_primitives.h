@@ -101,6 +101,23 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&d)[4], const
                : "memory");
 }
 
+// The inverse of load_matrices_transposed: the 16 bytes that lane 8m + i names become row i of matrix m.
+__device__ __forceinline__ void store_matrices_transposed(void* row, const uint32_t (&d)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(row)),
+               "r"(d[0]), "r"(d[1]), "r"(d[2]), "r"(d[3])
+               : "memory");
+#else
+#pragma unroll
+  for (int m = 0; m < 4; ++m) {
+    uint32_t pair;  // of row g, columns 2t and 2t + 1
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(pair) : "r"(d[m]));
+    const uint32_t to = shuffle(shared_address(row), 8 * m + lane_index() / 4) + 4 * (lane_index() % 4);
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(pair) : "memory");
+  }
+#endif
+}
+
 // ---- matrix products, fp32 accumulators: c += a b ----
 // c[2h + e] is (row g + 8h, column 2t + e).
 // 16 x 16 by 16 x 8, 16-bit pairs: a[h + 2q] is (row g + 8h, columns 8q + 2t and 8q + 2t + 1); bq is (rows 8q + 2t

@@ -131,6 +131,18 @@ __global__ void matrices(const __grid_constant__ Buffers buffers) {
   for (int m = 0; m < 4; ++m) output(buffers, 4 * lane + m, d[m]);
 }
 
+// Lane l brings d[0..3] and names row input[l].
+__global__ void matrices_stored(const __grid_constant__ Buffers buffers) {
+  auto* tile = shared_array<char>(0, 32 * kRowPitch);
+  const int lane = lane_index();
+  uint32_t d[4];
+  for (int m = 0; m < 4; ++m) d[m] = input<uint32_t>(buffers, 4 * lane + m);
+  const int row = static_cast<int>(input<uint32_t>(buffers, 32 * kRowWords + lane));
+  store_matrices_transposed(tile + row * kRowPitch, d);
+  warp_barrier();  // the tile is in shared memory
+  output(buffers, lane, load_shared<uint4>(tile + lane * kRowPitch));
+}
+
 // ---- matrix products: kProducts of them, one after another; each lane brings its fragments of a, b and c ----
 constexpr int kProducts = 64, kProductWords = 10;
 constexpr int64_t kProductsIn = 4 * kProductWords * 32 * kProducts, kProductsOut = 4 * 4 * 32 * kProducts;
@@ -219,6 +231,7 @@ inline const Case kCases[] = {
     {"shuffles", shuffles, 1, 32, 0, 4 * 64, 4 * 32 * (2 + kMasks)},
     {"matrices", matrices<false>, 1, 32, 32 * kRowPitch, 4 * 32 * (kRowWords + 1), 4 * 32 * 4},
     {"matrices_transposed", matrices<true>, 1, 32, 32 * kRowPitch, 4 * 32 * (kRowWords + 1), 4 * 32 * 4},
+    {"matrices_stored", matrices_stored, 1, 32, 32 * kRowPitch, 4 * 32 * (kRowWords + 1), 4 * 32 * 4},
     {"product_bf16", product16<BFloat16>, 1, 32, 0, kProductsIn, kProductsOut},
     {"product_fp16", product16<Float16>, 1, 32, 0, kProductsIn, kProductsOut},
     {"product_tf32", product_tf32<false>, 1, 32, 0, kProductsIn, kProductsOut},

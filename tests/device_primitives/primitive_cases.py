@@ -96,6 +96,17 @@ def _matrices(transposed):
     return answer
 
 
+def _matrices_stored(given):
+    pairs = given[:128].reshape(32, 4)  # [lane, matrix]: rows 2t and 2t + 1 of column g
+    tiles = np.zeros((4, 8, 8), np.uint32)
+    for m in range(4):
+        tiles[m, 2 * MEMBER, GROUP] = pairs[:, m] & 0xFFFF
+        tiles[m, 2 * MEMBER + 1, GROUP] = pairs[:, m] >> 16
+    rows = np.zeros((32, 4), np.uint32)
+    rows[given[128:]] = tiles.astype(np.uint16).reshape(32, 8).view(np.uint32)
+    return rows
+
+
 # ---- 16-bit and tf32 numbers ----
 
 
@@ -250,6 +261,7 @@ CASES = {
     "shuffles": Case(_make_shuffles, _shuffles),
     "matrices": Case(_make_matrices, _matrices(transposed=False)),
     "matrices_transposed": Case(_make_matrices, _matrices(transposed=True)),
+    "matrices_stored": Case(_make_matrices, _matrices_stored),
     "product_bf16": _product16("bf16"),
     "product_fp16": _product16("fp16"),
     "product_tf32": _product_tf32(),

@@ -40,6 +40,23 @@ void compute_distribution(void* (&operands)[32]) {
   }
 }
 
+struct Collection {
+  const uint32_t* d;
+  MatrixRow row;
+};
+
+void compute_collection(void* (&operands)[32]) {
+  for (int lane = 0; lane < 32; ++lane) {
+    const int matrix = lane / 8, index = lane % 8;
+    uint32_t* words = static_cast<Collection*>(operands[lane])->row.words;
+    for (int column = 0; column < 8; ++column) {
+      const uint32_t pair = static_cast<Collection*>(operands[4 * column + index / 2])->d[matrix];
+      const uint32_t value = pair >> (16 * (index % 2)) & 0xffffu;
+      words[column / 2] = column % 2 ? words[column / 2] | value << 16 : value;
+    }
+  }
+}
+
 struct Fragments {
   float* c;
   const uint32_t* a;
@@ -96,6 +113,12 @@ void distribute_matrices(uint32_t (&d)[4], const MatrixRow& row, bool transposed
     warp_exchange("load_matrices_transposed", &distribution, compute_distribution<true>, where);
   else
     warp_exchange("load_matrices", &distribution, compute_distribution<false>, where);
+}
+
+MatrixRow collect_matrix_row(const uint32_t (&d)[4], const Location& where) {
+  Collection collection{d, {}};
+  warp_exchange("store_matrices_transposed", &collection, compute_collection, where);
+  return collection.row;
 }
 
 void multiply_fragments(Product product, bool from_zero, float (&c)[4], const uint32_t (&a)[4], uint32_t b0,

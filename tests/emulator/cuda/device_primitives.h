@@ -128,6 +128,11 @@ inline void load_matrices_transposed(uint32_t (&d)[4], const void* row, SourceLi
   emulator::distribute_matrices(d, *static_cast<const emulator::MatrixRow*>(row), true, where);
 }
 
+inline void store_matrices_transposed(void* row, const uint32_t (&d)[4], SourceLine where = SourceLine::current()) {
+  check_address("store_matrices_transposed", row, Space::kShared, 16, where);
+  *static_cast<emulator::MatrixRow*>(row) = emulator::collect_matrix_row(d, where);
+}
+
 // ---- matrix products ----
 template <class T>
 void mma16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SourceLine where = SourceLine::current()) {

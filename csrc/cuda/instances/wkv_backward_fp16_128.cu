@@ -1,0 +1,10 @@
+#include "cuda/wkv_backward.cuh"
+
+namespace rwkv {
+template int run_wkv_backward<Float16, Float16, 128, false>(const BackwardTask&, void*);
+template int run_wkv_backward<Float16, float, 128, false>(const BackwardTask&, void*);
+template int run_wkv_backward<Float16, float, 128, true>(const BackwardTask&, void*);
+template int wkv_backward_blocks<Float16, Float16, 128, false>(int64_t&);
+template int wkv_backward_blocks<Float16, float, 128, false>(int64_t&);
+template int wkv_backward_blocks<Float16, float, 128, true>(int64_t&);
+}  // namespace rwkv

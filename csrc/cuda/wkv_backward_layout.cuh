@@ -1,0 +1,156 @@
+// Shared memory of the backward kernel, and how a chunk of 16 tokens is spread over a warp.
+//
+// Warp n of a block owns key channels 16 n to 16 n + 15. Lane (g, t), g = lane / 4 and t = lane % 4, has channels g and
+// g + 8 of these and the four tokens 4 t to 4 t + 3, its quad: ChunkValues. Every matrix product with tokens along a
+// dimension takes them in one order, in which row 8 h + 2 t + e of a fragment is token 4 t + 2 h + e. So the two halves
+// (h) of a fragment are the lane's own tokens, and products over two or four tokens need no exchange between lanes.
+#pragma once
+
+#include "cuda/decay.cuh"
+#include "cuda/row_copy.cuh"
+#include "cuda/static_for.h"
+#include "cuda/wkv_work.h"
+
+namespace rwkv {
+
+// A type as a function argument.
+template <class E>
+struct ElementType {
+  using type = E;
+};
+
+using ChunkValues = float[2][4];  // [channel g or g + 8][token of the quad]
+
+// Byte offsets and sizes. A stage is what a block holds in shared memory at once: kChunks chunks. Rows have an odd
+// number of 16-byte pieces, so that the rows of a matrix lie in different banks.
+template <class T, class W, int kHeadSize, bool kConstant>
+struct BackwardLayout {
+  using Activation = T;
+  using Decay = W;
+  static constexpr int kSize = kHeadSize;
+  static constexpr bool kConstantDecay = kConstant;
+  static constexpr int kWarps = kSize / 16;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kBlocks = kSize <= 64 ? 2 : 1;  // wanted on a multiprocessor
+  static constexpr int kChunks = kSize <= 64 ? 4 : 2;
+  static constexpr int kTokens = kChunks * kTreeTokens;
+  static constexpr int kStagesBefore = static_cast<int>(kChunkTokens) / kTokens - 1;  // at most, since a kept state
+
+  static constexpr int kPitch = 2 * kSize + 16;
+  static constexpr int kDecayPitch = static_cast<int>(sizeof(W)) * kSize + 16;
+  static constexpr int kRowsBytes = kTokens * kPitch;
+  static constexpr int kDecayRowsBytes = kConstantDecay ? 0 : kTokens * kDecayPitch;
+
+  // Scores of pairs of tokens, B = dy v^T: [chunk][half of the first token][lane] 16 bytes, and as many zeros.
+  static constexpr int kPairBytes = 2 * 32 * 16;
+  static constexpr int kZeroBytes = kPairBytes / 2 + 16;
+  static constexpr int kNearBytes = 4 * 8 * 4;  // [quad][8]: pairs within two tokens and the diagonal, per chunk
+
+  // What warps exchange for dv: G of up to four warps, and k~.
+  static constexpr int kExchangeWarps = kWarps < 4 ? kWarps : 4;
+  static constexpr int kExchangeRounds = kWarps / kExchangeWarps;
+  static constexpr int kGradientWarpBytes = 16 * kSize * 4;
+  static constexpr int kGradientBytes = kExchangeWarps * kGradientWarpBytes;
+  static constexpr int kKeyWarpBytes = 16 * kTreeTokens * 4;
+  static constexpr int kKeyBytes = kWarps * kKeyWarpBytes;
+  static constexpr int kStateBytes = kSize * kSize * 4;  // the state at the start of the stage
+
+  // Until the state has reached the stage, the same place has k, v and w of the tokens before it.
+  static constexpr int kRowsBefore = kStagesBefore * kTokens;
+  static constexpr int kKeyBefore = 0;
+  static constexpr int kValueBefore = kRowsBefore * kPitch;
+  static constexpr int kDecayBefore = 2 * kRowsBefore * kPitch;
+  static constexpr int kBeforeBytes = kDecayBefore + (kConstantDecay ? 0 : kRowsBefore * kDecayPitch);
+  static constexpr int kExchangeBytes = kStateBytes + kGradientBytes + kKeyBytes;
+  static constexpr int kScratchBytes = kBeforeBytes > kExchangeBytes ? kBeforeBytes : kExchangeBytes;
+
+  static constexpr int kR = 0;
+  static constexpr int kDy = kR + kRowsBytes;
+  static constexpr int kK = kDy + kRowsBytes;
+  static constexpr int kV = kK + kRowsBytes;
+  static constexpr int kW = kV + kRowsBytes;
+  static constexpr int kPairs = kW + kDecayRowsBytes;
+  static constexpr int kZeros = kPairs + kChunks * kPairBytes;
+  static constexpr int kNear = kZeros + kZeroBytes;
+  static constexpr int kScratch = kNear + kChunks * kNearBytes;
+  static constexpr int kSharedBytes = kScratch + kScratchBytes;
+};
+
+template <class Layout>
+struct BackwardShared {
+  char *r, *dy, *k, *v, *w;  // rows of the stage; dr, dk and dw take the place of r, k and w
+  char *pairs, *zeros, *near;
+  char *state, *gradient, *keys;              // exchange
+  char *k_before, *v_before, *w_before;       // the same place, earlier
+
+  __device__ __forceinline__ BackwardShared() {
+    r = shared_array<char>(Layout::kR, Layout::kRowsBytes);
+    dy = shared_array<char>(Layout::kDy, Layout::kRowsBytes);
+    k = shared_array<char>(Layout::kK, Layout::kRowsBytes);
+    v = shared_array<char>(Layout::kV, Layout::kRowsBytes);
+    w = nullptr;
+    if constexpr (!Layout::kConstantDecay) w = shared_array<char>(Layout::kW, Layout::kDecayRowsBytes);
+    pairs = shared_array<char>(Layout::kPairs, Layout::kChunks * Layout::kPairBytes);
+    zeros = shared_array<char>(Layout::kZeros, Layout::kZeroBytes);
+    near = shared_array<char>(Layout::kNear, Layout::kChunks * Layout::kNearBytes);
+    char* const scratch = shared_array<char>(Layout::kScratch, Layout::kScratchBytes);
+    state = scratch;
+    gradient = state + Layout::kStateBytes;
+    keys = gradient + Layout::kGradientBytes;
+    k_before = scratch + Layout::kKeyBefore;
+    v_before = scratch + Layout::kValueBefore;
+    w_before = scratch + Layout::kDecayBefore;
+  }
+};
+
+// The token that a fragment's row or column of that number stands for.
+__device__ __forceinline__ int token_of_row(int row) { return row % 8 / 2 * 4 + row / 8 * 2 + row % 2; }
+
+// The rows that a lane names to load_matrices, as byte offsets into a chunk's rows.
+// Transposed, d[c + 2h]: columns 8c to 8c + 7 from the given column on, tokens of half h.
+template <int kPitch>
+__device__ __forceinline__ int transposed_row() {
+  const int lane = lane_index();
+  return token_of_row(lane % 8 + lane / 16 * 8) * kPitch + lane / 8 % 2 * 16;
+}
+// As stored, d[m]: the eight tokens of half 0 (half 1 is two rows on), columns 8m to 8m + 7.
+template <int kPitch>
+__device__ __forceinline__ int straight_row() {
+  const int lane = lane_index();
+  return token_of_row(lane % 8) * kPitch + lane / 8 * 16;
+}
+// As stored, d[h + 2q]: tokens of half h, columns 8q to 8q + 7: a first operand, and two second operands.
+template <int kPitch>
+__device__ __forceinline__ int square_row() {
+  const int lane = lane_index();
+  return token_of_row(lane % 16) * kPitch + lane / 16 * 16;
+}
+
+// Visits pairs of neighbouring tokens of one channel: visit(c, h, index of the pair in load_matrices_transposed's d).
+template <class Visit>
+__device__ __forceinline__ void for_each_pair(const Visit& visit) {
+  static_for<0, 2>([&](auto half) {
+    static_for<0, 2>([&](auto channel) { visit(channel.value, half.value, channel.value + 2 * half.value); });
+  });
+}
+
+// This lane's values of a 16-bit tensor; row: transposed_row at the warp's channels.
+template <class T>
+__device__ __forceinline__ void load_chunk(ChunkValues& x, const char* row) {
+  uint32_t pairs[4];
+  load_matrices_transposed(pairs, row);
+  for_each_pair([&](int c, int half, int index) {
+    const float2 two = unpack<T>(pairs[index]);
+    x[c][2 * half] = two.x, x[c][2 * half + 1] = two.y;
+  });
+}
+
+// The inverse: rounds, and puts every lane's values where load_chunk found them.
+template <class T>
+__device__ __forceinline__ void store_chunk(char* row, const ChunkValues& x) {
+  uint32_t pairs[4];
+  for_each_pair([&](int c, int half, int index) { pairs[index] = pack<T>(x[c][2 * half], x[c][2 * half + 1]); });
+  store_matrices_transposed(row, pairs);
+}
+
+}  // namespace rwkv

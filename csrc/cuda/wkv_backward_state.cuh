@@ -1,0 +1,139 @@
+// The two matrices that the backward kernel carries, 16 key channels by all values per warp, in accumulators:
+//   S, the state before a chunk:          S <- diag(W) S + k~ v^T      (towards later chunks)
+//   G, dL/dS after all tokens of a chunk: G <- diag(W) G + r~ dy^T     (towards earlier chunks)
+// and what they are multiplied with: S dy^T (part of dr) and G v^T (part of dk).
+// W, r~ and k~ are as in wkv_tree.cuh: products of decays over the chunk, before a token and after it.
+#pragma once
+
+#include "cuda/wkv_backward_layout.cuh"
+
+namespace rwkv {
+
+// tile[q][2c + e] is channel g + 8c, value 8q + 2t + e.
+template <int kSize>
+struct KeyRows {
+  float tile[kSize / 8][4];
+
+  // visit(two elements of a row, offset of the first in [key][value])
+  template <class Visit>
+  __device__ __forceinline__ void for_each_pair(const Visit& visit) {
+    const int origin = (16 * warp_index() + lane_index() / 4) * kSize + 2 * (lane_index() % 4);
+    static_for<0, kSize / 8>([&](auto q) {
+      static_for<0, 2>([&](auto c) {
+        visit(tile[q.value][2 * c.value], tile[q.value][2 * c.value + 1], origin + 8 * c.value * kSize + 8 * q.value);
+      });
+    });
+  }
+  __device__ __forceinline__ void load(const float* from) {  // nullptr: zeros
+    for_each_pair([&](float& a, float& b, int at) {
+      const float2 two = from ? load_global<float2>(from + at) : make_float2(0.f, 0.f);
+      a = two.x, b = two.y;
+    });
+  }
+  __device__ __forceinline__ void store(float* to) {
+    for_each_pair([&](float& a, float& b, int at) { store_global(to + at, make_float2(a, b)); });
+  }
+
+  // To and from shared memory, where only the same lane reads it.
+  __device__ __forceinline__ void put(char* to) const {
+    static_for<0, kSize / 8>([&](auto q) {
+      const auto& x = tile[q.value];
+      store_shared(to + (q.value * 2 * kSize + thread_index()) * 16, make_float4(x[0], x[1], x[2], x[3]));
+    });
+  }
+  __device__ __forceinline__ void get(const char* from) {
+    static_for<0, kSize / 8>([&](auto q) {
+      const float4 x = load_shared<float4>(from + (q.value * 2 * kSize + thread_index()) * 16);
+      tile[q.value][0] = x.x, tile[q.value][1] = x.y, tile[q.value][2] = x.z, tile[q.value][3] = x.w;
+    });
+  }
+};
+
+// r~ or k~ as first operand of a product over the 16 tokens of a chunk. The second operand is exact in T; this one is
+// the sum of two numbers of T, the second of which rounds what the first leaves: about 16 bits of mantissa, and the
+// second operand needs no unpacking.
+template <class T>
+struct TokenOperand {
+  uint32_t high[4], low[4];
+
+  __device__ __forceinline__ explicit TokenOperand(const ChunkValues& x) {
+    for_each_pair([&](int c, int half, int index) {
+      const float a = x[c][2 * half], b = x[c][2 * half + 1];
+      high[index] = pack<T>(a, b);
+      const float2 kept = unpack<T>(high[index]);
+      low[index] = pack<T>(a - kept.x, b - kept.y);
+    });
+  }
+  __device__ __forceinline__ void multiply(float (&sum)[4], uint32_t half0, uint32_t half1) const {
+    mma16<T>(sum, high, half0, half1);
+    mma16<T>(sum, low, half0, half1);
+  }
+};
+
+// Products with strong decays leave the range of fp16, so there the operand is tf32.
+template <>
+struct TokenOperand<Float16> {
+  float value[2][4];  // [half]{token 2t of channel g, of g + 8, token 2t + 1 of g, of g + 8}
+
+  __device__ __forceinline__ explicit TokenOperand(const ChunkValues& x) {
+    static_for<0, 2>([&](auto half) {
+      static_for<0, 4>([&](auto i) {
+        value[half.value][i.value] = round_tf32(x[i.value % 2][2 * half.value + i.value / 2]);
+      });
+    });
+  }
+  __device__ __forceinline__ void multiply(float (&sum)[4], uint32_t half0, uint32_t half1) const {
+    const float2 first = unpack<Float16>(half0), second = unpack<Float16>(half1);
+    mma_tf32(sum, value[0], first.x, first.y);
+    mma_tf32(sum, value[1], second.x, second.y);
+  }
+};
+
+// x <- diag(decay) x + operand rows, with rows of v or dy; row: transposed_row of the chunk at value 0.
+template <class T, int kSize>
+__device__ __forceinline__ void advance(KeyRows<kSize>& x, const float (&decay)[2], const TokenOperand<T>& operand,
+                                        const char* row) {
+  static_for<0, kSize / 16>([&](auto j) {
+    uint32_t rows[4];
+    load_matrices_transposed(rows, row + 32 * j.value);
+    static_for<0, 2>([&](auto d) {
+      auto& tile = x.tile[2 * j.value + d.value];
+      static_for<0, 4>([&](auto e) { tile[e.value] *= decay[e.value / 2]; });
+      operand.multiply(tile, rows[d.value], rows[d.value + 2]);
+    });
+  });
+}
+
+// product[h][2c + e] = sum over values of x[channel c][.] rows[token 2h + e of the quad][.]; row: straight_row of the
+// chunk. x enters with its low 13 bits cut off.
+template <class T, int kPitch, int kSize>
+__device__ __forceinline__ void contract(float (&product)[2][4], const KeyRows<kSize>& x, const char* row) {
+  static_for<0, 2>([&](auto half) {
+    static_for<0, kSize / 32>([&](auto s) {
+      uint32_t rows[4];
+      load_matrices(rows, row + 2 * half.value * kPitch + 64 * s.value);
+      static_for<0, 4>([&](auto q) {
+        const auto& tile = x.tile[4 * s.value + q.value];
+        const float a[4] = {tile[0], tile[2], tile[1], tile[3]};
+        const float2 b = unpack<T>(rows[q.value]);
+        if constexpr (s.value + q.value == 0)
+          mma_tf32_from_zero(product[half.value], a, b.x, b.y);
+        else
+          mma_tf32(product[half.value], a, b.x, b.y);
+      });
+    });
+  });
+}
+
+// This lane's share of the sums over values of x y, for its two channels.
+template <int kSize>
+__device__ __forceinline__ void row_products(float (&sum)[2], const KeyRows<kSize>& x, const KeyRows<kSize>& y) {
+  sum[0] = sum[1] = 0.f;
+  static_for<0, kSize / 8>([&](auto q) {
+    static_for<0, 4>([&](auto e) {
+      sum[e.value / 2] = fmaf(x.tile[q.value][e.value], y.tile[q.value][e.value], sum[e.value / 2]);
+    });
+  });
+}
+
+}  // namespace rwkv
