@@ -1,21 +1,28 @@
 """How exact the ops are: error of every output and gradient against the fp64 loop, by decay regime and dtype.
 
-    python benchmarks/bench_numerics.py            # prints the tables of docs/numerics.md and draws docs/numerics.png
+    python benchmarks/bench_numerics.py            # the ops beside the loop; draws docs/numerics.png
+    python benchmarks/bench_numerics.py --compare --emulated --fla-python fla/bin/python     # beside other algorithms
 
-The peer is rwkv_ext.reference in the same dtype: the same loop in plain PyTorch, whose arithmetic is fp32 too.
+In the first tables the peer is rwkv_ext.reference in the same dtype: the same loop in plain PyTorch, whose arithmetic
+is fp32 too. The second ones are about algorithms: --emulated adds the CUDA kernels, whose source runs on the CPU
+(compiled by g++ at the first call), --fla-python flash-linear-attention (fla_interpreter.py says how to install it).
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import matplotlib
 import torch
+from numerics_ways import Way, ways
 
 from rwkv_ext import reference, wkv6
 from rwkv_ext.testing import decay_regimes, error_ratio, make_inputs, outputs_and_gradients
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHAPE = dict(batch=1, tokens=1024, heads=2, size=64)
+COMPARED = dict(batch=1, tokens=512, heads=1, size=64)
+LOG_DECAYS = ((-1, 0), (-3, -1), (-6, -3), (-12, -6), (-40, -12))  # bins of -exp(w)
 
 
 def measure(regime: str, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
@@ -54,10 +61,49 @@ def draw(results, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def error_text(actual: torch.Tensor, expected: torch.Tensor) -> str:
+    ratio = error_ratio(actual, expected)
+    if actual.isfinite().all():
+        return f"{ratio:.1e}"
+    return f"NaN ({100 * (~actual.isfinite()).double().mean():.0f} %)"
+
+
+def compare(chosen: list[Way], regimes: list[str]) -> None:
+    """Print a line per way and regime as it is computed, then dw's error by decay."""
+    print(f"torch {torch.__version__}, {COMPARED}, loss from y and state_out\n")
+    names = ("y", "state_out", "dr", "dk", "dv", "dw", "du", "dstate")
+    print(f"| data | way | dtype | {' | '.join(names)} |\n{'|---' * (len(names) + 3)}|")
+    by_decay = []
+    for regime in regimes:
+        for way in chosen:
+            inputs = make_inputs("6.0", **COMPARED, regime=regime, dtype=way.dtype)
+            exact, actual = outputs_and_gradients(reference.wkv6, inputs.double()), way.run(inputs)
+            dtype = next(name for name, dtype in DTYPES.items() if dtype == way.dtype)
+            errors = [error_text(actual[name], exact[name]) for name in names]
+            print(f"| {regime} | {way.name} | {dtype} | {' | '.join(errors)} |", flush=True)
+            if regime == "mixed":
+                log_decay = -torch.exp(inputs.w.double())
+                bins = [(log_decay > low) & (log_decay <= high) for low, high in LOG_DECAYS]
+                errors = [error_text(actual["dw"][here], exact["dw"][here]) for here in bins]
+                by_decay.append(f"| {way.name} | {dtype} | {' | '.join(errors)} |")
+    if by_decay:
+        bins = " | ".join(f"({low}, {high}]" for low, high in LOG_DECAYS)
+        print(f"\n| dw, data mixed; log of the decay in | dtype | {bins} |\n{'|---' * (len(LOG_DECAYS) + 2)}|")
+        print("\n".join(by_decay))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--picture", type=Path, default=Path(__file__).parent.parent / "docs" / "numerics.png")
+    parser.add_argument("--compare", action="store_true", help="print the tables that compare algorithms instead")
+    parser.add_argument("--emulated", action="store_true", help="with --compare: the CUDA kernels on the CPU as well")
+    parser.add_argument("--fla-python", type=Path, help="with --compare: the Python that has fla-core and triton")
+    parser.add_argument("--regimes", nargs="+", choices=decay_regimes, default=list(decay_regimes))
     args = parser.parse_args()
+    if args.compare:
+        return compare(ways(args.fla_python, args.emulated), args.regimes)
+    if args.emulated or args.fla_python:
+        sys.exit("bench_numerics: --emulated and --fla-python belong to --compare")
     results = {name: {r: measure(r, dtype) for r in decay_regimes} for name, dtype in DTYPES.items()}
     print(f"torch {torch.__version__}, {SHAPE}\n")
     print("\n\n".join(table(dtype, rows) for dtype, rows in results.items()))

@@ -4,8 +4,8 @@
     fla/bin/pip install --no-deps fla-core==0.6.0 triton==3.9.0 einops==0.8.2 packaging
     fla/bin/python benchmarks/fla_interpreter.py IN.pt OUT.pt --op chunk --dots tf32
 
-IN.pt holds r, k, v, w, u, state, dy and dstate_out, as rwkv_ext.wkv6 names and shapes them; OUT.pt gets y, state_out and
-the gradients dr, dk, dv, dw, du and dstate. bench_numerics.py calls this with the Python of that environment.
+IN.pt holds r, k, v, w, u, state, dy and dstate_out, as rwkv_ext.wkv6 names and shapes them; OUT.pt gets y, state_out
+and the gradients dr, dk, dv, dw, du and dstate. bench_numerics.py calls this with the Python of that environment.
 
 Four things differ between the interpreter and a GPU and are mended here at run time: bf16 (the interpreter keeps it as
 integers and would compute with those), the rounding of fp32 dots to tf32 (Triton's default on a GPU), autotuning (one
