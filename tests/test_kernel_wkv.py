@@ -25,6 +25,11 @@ MAIN_CASES = covering(MAIN_INSTANCES)
 ALL_CASES = covering([*CHUNK_INSTANCES, *RECURRENT_INSTANCES])
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)  # the reference is thousands of small operations: threads only wait for each other
+
+
 def emulator_for(case: Case, **settings) -> Emulator:
     return Emulator(kernel=case.instance.kernel, segment_tokens=case.segment_tokens, **settings)
 

@@ -71,7 +71,7 @@ def compiler_version():
 
 def is_main_instance(source: Path) -> bool:
     """bf16, N = 64 of the chunk kernels; fp32 of the kernels that have no other types."""
-    return not re.search(r"fp16|fp64|_n32\b|_n128\b", source.stem)
+    return not re.search(r"fp16|fp64|_32\b|_128\b", source.stem)
 
 
 def kernel_sources(main_only: bool) -> list[Path]:

@@ -15,7 +15,7 @@ from emulator.build import PLAIN, Variant, build, run
 from torch import Tensor
 
 CHUNK = 128  # tokens between saved states
-ALIGNMENT = 16  # bytes, of addresses and strides, for the chunk kernels
+ALIGNMENT = 16  # bytes: of states, and for the chunk kernels of every row
 
 
 class EmulatorError(RuntimeError):
@@ -61,6 +61,13 @@ def strides_of(x: Tensor) -> tuple[int, int, int]:
     if x.dim() == 3:  # [B, H, N]
         return x.stride(0), 0, x.stride(1)
     return 0, 0, x.stride(0)
+
+
+def aligned_state(x: Tensor | None) -> Tensor | None:
+    """Return a state as the ops hand it on: contiguous, and aligned (a copy if need be)."""
+    if x is None or (x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def to_bytes(x: Tensor) -> bytes:
@@ -177,7 +184,7 @@ class Emulator:
         for name, x in zip("rkvw", (r, k, v, w)):
             problem.add(name, self.aligned(x))
         problem.add("u", self.aligned(u))
-        problem.add("state", None if state is None else state.contiguous())
+        problem.add("state", aligned_state(state))
         problem.add("cu_seqlens", cu_seqlens)
         problem.add("y", torch.empty(r.shape, dtype=r.dtype), "out")
         problem.add("state_out", torch.empty(sequences, heads, size, size, dtype=wide), "out")
@@ -197,7 +204,7 @@ class Emulator:
             problem.add(name, self.aligned(x))
         problem.add("u", self.aligned(u))
         problem.add("dy", self.aligned(dy))
-        problem.add("dstate_out", None if dstate_out is None else dstate_out.contiguous())
+        problem.add("dstate_out", aligned_state(dstate_out))
         problem.add("cu_seqlens", cu_seqlens)
         problem.add("chunk_states", saved.chunk_states)
         problem.add("scores", saved.scores)
