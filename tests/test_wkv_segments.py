@@ -51,6 +51,7 @@ def emulate(tmp_path_factory):
         paths[0].write_bytes("\n".join([*header, "", ""]).encode() + b"".join(blobs))
         done = run(variant, program, kind, *paths, timeout=300)
         assert done.returncode == 0, done.stdout + done.stderr
+        call.launches = [(x[2], int(x[0]), int(x[1])) for x in (y.split(" ", 2) for y in done.stdout.splitlines())]
         data, results = bytearray(paths[1].read_bytes()), {}
         for name, x in arrays.items():
             if name.startswith("out_"):
@@ -280,6 +281,24 @@ def test_states_at_the_cuts(emulate, version, adjoint, initial):
         assert check_cuts(emulate, inputs, CUT, adjoint, initial)[0] == 2 * (count - 1)
     inputs = make_inputs(version, heads=2, size=32, lengths=LENGTHS, regime="near_one", dtype=torch.bfloat16)
     assert check_cuts(emulate, inputs, CUT, adjoint, initial)[0] == 3 + 2 + 4
+
+
+def test_segments_move_no_more_bytes_than_designed(emulate):
+    """k, v and w once, for the segments that others need, and a state and a decay written; the scan touches each once."""
+    tokens, heads, size = 3 * CUT, 2, 64
+    state = heads * size * size * 4
+    for version, parameter_dtype, each in (("6.0", torch.bfloat16, 6), ("6.0", torch.float32, 8), ("5.2", None, 4)):
+        inputs = make_inputs(version, 1, tokens, heads, size, dtype=torch.bfloat16, parameter_dtype=parameter_dtype)
+        constant = heads * 128 * 2 * 4 if version == "5.2" else 0  # every thread reads the decay of its two keys
+        check_op(emulate, inputs)
+        [(kernel, read, written)] = emulate.launches
+        assert "wkv_summary_kernel" in kernel
+        assert (read, written) == (tokens * heads * size * each + constant, state + state // size)
+        check_cuts(emulate, inputs, CUT, False)
+        (_, read, written), (kernel, *of_scan) = emulate.launches
+        assert (read, written) == (2 * CUT * heads * size * each + 2 * constant, 2 * (state + state // size))
+        assert "wkv_scan_kernel" in kernel
+        assert of_scan == [3 * state + 2 * state // 4, 2 * state]  # initial, two segments, a decay for four elements
 
 
 def test_segments_nobody_needs_are_not_summarised(emulate):

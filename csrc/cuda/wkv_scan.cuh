@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kScanThreads) wkv_scan_kernel(const __grid_con
     for (int i = 0; i < kScanBatch; ++i)
       if (first + i < taken) {
         own[i] = load_four_global(states + index_of(first + i) * square);
-        own_decay[i] = decays[index_of(first + i) * size];
+        own_decay[i] = load_global<Real>(decays + index_of(first + i) * size);
       }
     // A segment's own state has been read by now, so the state before it may take its place.
 #pragma unroll

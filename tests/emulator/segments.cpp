@@ -7,7 +7,8 @@
 //       scan      list, scan in place of given segment states
 //       reduce    list, second-stage sums
 // PROBLEM: one line of numbers (see read_problem), a line per array: NAME DTYPE BYTES BATCH_STRIDE TOKEN_STRIDE HEAD_STRIDE,
-// an empty line, then the bytes of all arrays. RESULT: the bytes of the arrays whose names start with "out_".
+// an empty line, then the bytes of all arrays. RESULT: the bytes of the arrays whose names start with "out_". What each
+// launch read and wrote is printed.
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
@@ -19,6 +20,7 @@
 #include "block.h"
 #include "cuda/wkv_instances.h"
 #include "cuda/wkv_segments.h"
+#include "device.h"
 #include "report.h"
 
 namespace {
@@ -129,4 +131,6 @@ int main(int count, char** arguments) {
   std::ofstream file(arguments[3], std::ios::binary);
   for (const Array& array : problem.arrays)
     if (array.name.starts_with("out_")) file.write(static_cast<const char*>(array.view.data), array.bytes);
+  for (const emulator::Launch& launch : emulator::launches())
+    std::cout << launch.bytes_read << ' ' << launch.bytes_written << ' ' << launch.kernel << '\n';
 }
