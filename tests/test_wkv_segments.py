@@ -284,7 +284,7 @@ def test_states_at_the_cuts(emulate, version, adjoint, initial):
 
 
 def test_segments_move_no_more_bytes_than_designed(emulate):
-    """k, v and w once, for the segments that others need, and a state and a decay written; the scan touches each once."""
+    """k, v, w once, of the segments that others need; a state and a decay written; the scan touches each once."""
     tokens, heads, size = 3 * CUT, 2, 64
     state = heads * size * size * 4
     for version, parameter_dtype, each in (("6.0", torch.bfloat16, 6), ("6.0", torch.float32, 8), ("5.2", None, 4)):
