@@ -36,8 +36,8 @@ struct SummaryTask {
   void* segment_decays = nullptr;  // Real [items, H, N]
 };
 
-// Without final_state, in place: each segment's own state becomes the state before it (adjoint: the gradient of the state
-// after it); the first (last) segment of a sequence keeps what it has. With it: the sequence's state and decay.
+// Without final_state, in place: each segment's own state becomes the state before it (adjoint: the gradient of the
+// state after it); the first (last) segment of a sequence keeps what it has. With it: the sequence's state and decay.
 // Sequences of one segment are left alone.
 struct ScanTask {
   WkvShape shape;

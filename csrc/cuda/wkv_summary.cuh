@@ -27,8 +27,8 @@ struct SummaryLayout {
   static constexpr int kLaneTokens = 16;  // consecutive, of one lane: a group
   static_assert(kLaneTokens * 4 == kTokens && kChunkTokens % kTokens == 0);
 
-  // Rows are an odd multiple of 16 bytes and groups of 16 rows another 32 apart, so that the eight rows of a matrix, two
-  // of each group, lie in different banks.
+  // Rows are an odd multiple of 16 bytes and groups of 16 rows another 32 apart, so that the eight rows of a matrix,
+  // two of each group, lie in different banks.
   static constexpr int kRowBytes = 2 * kSize + 16;  // of k and v
   static constexpr int kGroupBytes = kLaneTokens * kRowBytes + 32;
   static constexpr int kDecayRowBytes = int{sizeof(W)} * kSize + 16;
@@ -105,7 +105,7 @@ class SummaryWarp {
   using Layout = SummaryLayout<T, W, kSize, kConstantDecay>;
 
   __device__ __forceinline__ SummaryWarp(const View& w, int64_t head) {
-    static_for<0, Layout::kValueTiles>([&](auto n) { s_[n.value][0] = s_[n.value][1] = s_[n.value][2] = s_[n.value][3] = 0.f; });
+    static_for<0, 4 * Layout::kValueTiles>([&](auto i) { s_[i.value / 4][i.value % 4] = 0.f; });
     if constexpr (kConstantDecay) {
       const int64_t at = head * w.head_stride + key();
       constant_[0] = decay_of(load_element<float>(w, at));
@@ -224,7 +224,8 @@ class SummaryWarp {
   // Of the four matrices of k, the second has the second 8 keys, the third the next two tokens of each group; of v, the
   // second has the next two tokens, the third the second 8 values.
   const int key_address_ = row_address(Layout::kGroupBytes, Layout::kRowBytes) +
-                           lane_index() / 16 * 2 * Layout::kRowBytes + 2 * (16 * warp_index() + lane_index() / 8 % 2 * 8);
+                           lane_index() / 16 * 2 * Layout::kRowBytes +
+                           2 * (16 * warp_index() + lane_index() / 8 % 2 * 8);
   const int value_address_ = row_address(Layout::kGroupBytes, Layout::kRowBytes) +
                              lane_index() / 8 % 2 * 2 * Layout::kRowBytes + lane_index() / 16 * 16;
   float s_[Layout::kValueTiles][4];  // [8 values][(key, value): (g, 2t) (g, 2t + 1) (g + 8, 2t) (g + 8, 2t + 1)]

@@ -6,8 +6,8 @@
 //       cuts      what an op's own kernel needs: list, summaries, scan to the states at the cuts
 //       scan      list, scan in place of given segment states
 //       reduce    list, second-stage sums
-// PROBLEM: one line of numbers (see read_problem), a line per array: NAME DTYPE BYTES BATCH_STRIDE TOKEN_STRIDE HEAD_STRIDE,
-// an empty line, then the bytes of all arrays. RESULT: the bytes of the arrays whose names start with "out_". What each
+// PROBLEM: one line of numbers (see read_problem), a line per array, an empty line, then the bytes of all arrays. An
+// array's line: NAME DTYPE BYTES BATCH_STRIDE TOKEN_STRIDE HEAD_STRIDE. RESULT: the bytes of the arrays whose names start with "out_". What each
 // launch read and wrote is printed.
 #include <cstdlib>
 #include <cstring>
@@ -58,8 +58,9 @@ Problem read_problem(const char* path) {
   std::string line;
   std::getline(file, line);
   int order = 0;
-  std::istringstream(line) >> shape.batch >> shape.tokens >> shape.heads >> shape.head_size >> shape.sequences >>
-      shape.constant_decay >> shape.fp64 >> problem.adjoint >> problem.work.segment_tokens >> problem.work.items >> order;
+  std::istringstream numbers(line);
+  numbers >> shape.batch >> shape.tokens >> shape.heads >> shape.head_size >> shape.sequences >> shape.constant_decay >>
+      shape.fp64 >> problem.adjoint >> problem.work.segment_tokens >> problem.work.items >> order;
   emulator::set_thread_order(order ? emulator::ThreadOrder::kDescending : emulator::ThreadOrder::kAscending, 0);
   while (std::getline(file, line) && !line.empty()) {
     Array array;
