@@ -7,8 +7,8 @@
 //       scan      list, scan in place of given segment states
 //       reduce    list, second-stage sums
 // PROBLEM: one line of numbers (see read_problem), a line per array, an empty line, then the bytes of all arrays. An
-// array's line: NAME DTYPE BYTES BATCH_STRIDE TOKEN_STRIDE HEAD_STRIDE. RESULT: the bytes of the arrays whose names start with "out_". What each
-// launch read and wrote is printed.
+// array's line: NAME DTYPE BYTES BATCH_STRIDE TOKEN_STRIDE HEAD_STRIDE.
+// RESULT: the bytes of the arrays whose names start with "out_". What each launch read and wrote is printed.
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
