@@ -38,12 +38,15 @@ int run_wkv_step(const WkvStepParams& params, void* stream);
 
 template <class T, class W, int kSize, bool kConstantDecay>
 struct ChunkInstance {
-  // Their instances are not compiled yet: the recurrent kernels take over.
-  static int forward_blocks(int64_t& blocks) { return blocks = 0; }
-  static int backward_blocks(int64_t& blocks) { return blocks = 0; }
+  static int forward_blocks(int64_t& blocks) { return wkv_forward_blocks<T, W, kSize, kConstantDecay>(blocks); }
+  static int backward_blocks(int64_t& blocks) { return wkv_backward_blocks<T, W, kSize, kConstantDecay>(blocks); }
   static int summary_blocks(int64_t& blocks) { return wkv_summary_blocks<T, W, kSize, kConstantDecay>(blocks); }
-  static int run(const ForwardTask&, void*) { return kNotSupported; }
-  static int run(const BackwardTask&, void*) { return kNotSupported; }
+  static int run(const ForwardTask& task, void* stream) {
+    return run_wkv_forward<T, W, kSize, kConstantDecay>(task, stream);
+  }
+  static int run(const BackwardTask& task, void* stream) {
+    return run_wkv_backward<T, W, kSize, kConstantDecay>(task, stream);
+  }
   static int run(const SummaryTask& task, void* stream) {
     return run_wkv_summary<T, W, kSize, kConstantDecay>(task, stream);
   }
