@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from wkv_cases import OPS, REFERENCES, ROUNDING_FLOOR
+from wkv_cases import OPS, REFERENCES, assert_rounded
 
 from rwkv_ext import _load, testing
 
@@ -42,15 +42,10 @@ def exact(version, inputs, **options):
     return testing.outputs_and_gradients(REFERENCES[version], inputs.double(), **options)
 
 
-def bound(dtype):
-    """Twice the error of rounding the result to the activations' dtype."""
-    return 2 * ROUNDING_FLOOR * torch.finfo(dtype).eps
-
-
 def check(version, inputs, **options):
     """Compare every output and gradient with the fp64 loop."""
     actual = run(version, inputs, **options)
-    testing.assert_close_ratio(actual, exact(version, inputs, **options), floor=bound(inputs.r.dtype))
+    assert_rounded(actual, exact(version, inputs, **options))
     return actual
 
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from gpu_tools import DEVICE, bound, check, exact, make_inputs, needs_kernels, run, same_bits
+from gpu_tools import DEVICE, check, make_inputs, needs_kernels, run, same_bits
 from wkv_cases import OPS
 
 from rwkv_ext import ops
@@ -253,4 +253,4 @@ def test_gpu_runtime_cu_seqlens_are_clamped():
         y, state = ops.wkv6(*wrong)
         torch.cuda.synchronize()
         assert y.shape == inputs.r.shape and (guard == 7).all()
-    assert_close_ratio(run("6.0", inputs), exact("6.0", inputs), floor=bound(torch.bfloat16))
+    check("6.0", inputs)

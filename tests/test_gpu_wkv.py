@@ -1,12 +1,12 @@
-"""The tensor-core kernels on a GPU: errors of at most twice the rounding of the activations' dtype, per output.
+"""The tensor-core kernels on a GPU: errors of at most twice those of rounding, per output (wkv_cases.rounding_bound).
 
 fp32 and fp64 run other kernels; the tests of the ops cover those (pytest --device cuda tests/test_wkv_*.py).
 """
 
 import pytest
 import torch
-from gpu_tools import DEVICE, bound, check, exact, make_inputs, needs_kernels, run, same_bits
-from wkv_cases import OPS
+from gpu_tools import DEVICE, check, exact, make_inputs, needs_kernels, run, same_bits
+from wkv_cases import OPS, assert_rounded, rounding_bound
 
 from rwkv_ext import ops
 from rwkv_ext.testing import GRADIENTS, assert_close_ratio, decay_regimes, error_ratio, layouts, outputs_and_gradients
@@ -43,7 +43,7 @@ def test_gpu_wkv_dw_by_decay(dtype):
     log_decay = -torch.exp(inputs.w.double())
     for low, high in ((-1, 0), (-3, -1), (-6, -3), (-12, -6), (-40, -12)):
         here = (log_decay > low) & (log_decay <= high)
-        assert here.sum() > 1000 and error_ratio(actual[here], expected[here]) < bound(dtype), (low, high)
+        assert here.sum() > 1000 and error_ratio(actual[here], expected[here]) < rounding_bound(actual.dtype)
 
 
 @pytest.mark.parametrize("parameter_dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -166,7 +166,7 @@ def test_gpu_wkv_carried_over_a_cut(version, cut):
     whole, parts = run(version, inputs), outputs_and_gradients(in_two_parts, inputs)
     different = [name for name in {"y", "state_out", *GRADIENTS} if not torch.equal(whole[name], parts[name])]
     assert set(different) <= set(SUMS[version])
-    assert_close_ratio({x: parts[x] for x in different}, {x: whole[x] for x in different}, floor=bound(inputs.r.dtype))
+    assert_rounded({x: parts[x] for x in different}, {x: whole[x] for x in different})
 
 
 @VERSIONS
@@ -199,7 +199,7 @@ def test_gpu_wkv_short_and_long_kernels_agree(dtype):
             y.append(part)
         return torch.cat(y, 1), state
 
-    assert_close_ratio(outputs_and_gradients(in_short_parts, inputs), exact("6.0", inputs), floor=bound(dtype))
+    assert_rounded(outputs_and_gradients(in_short_parts, inputs), exact("6.0", inputs))
 
 
 def test_gpu_wkv_more_elements_than_32_bits_count():
@@ -218,4 +218,4 @@ def test_gpu_wkv_more_elements_than_32_bits_count():
         y_alone, state_alone = ops.wkv6(*alone, u[-1:])
     assert y.numel() > 2**31
     actual = {"y": y[-1:, :, -1:], "state": state[-1:, -1:]}
-    assert_close_ratio(actual, {"y": y_alone.double(), "state": state_alone.double()}, floor=bound(y.dtype))
+    assert_rounded(actual, {"y": y_alone.double(), "state": state_alone.double()})

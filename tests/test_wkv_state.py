@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from wkv_cases import ON_CUDA, OPS, REFERENCES, ROUNDING_FLOOR, make_inputs, uses_tensor_cores
+from wkv_cases import ON_CUDA, OPS, REFERENCES, assert_rounded, make_inputs, uses_tensor_cores
 
 from rwkv_ext import ops, reference
 from rwkv_ext.testing import (
@@ -57,7 +57,7 @@ def test_wkv_state_carried_over_a_cut(version, tokens, size, dtype, cut):
     parts = outputs_and_gradients(in_two_parts(OPS[version], version, cut), inputs)
     sums = {"du"} if version == "6.0" else {"du", "dw"}
     if uses_tensor_cores(dtype) and min(cut, tokens - cut) < SHORT:
-        return assert_close_ratio(parts, whole, floor=2 * ROUNDING_FLOOR * torch.finfo(dtype).eps)
+        return assert_rounded(parts, whole)
     for key in {"y", "state_out", *GRADIENTS} - sums:
         assert torch.equal(whole[key], parts[key]), key
     assert_close_ratio({key: parts[key] for key in sums}, {key: whole[key] for key in sums}, floor=SUM_FLOOR, limit=0)
