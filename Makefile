@@ -47,8 +47,8 @@ else
 OP_TESTS := $(filter-out %_abi.py %_library.py tests/test_wkv_cuda_%,$(wildcard tests/test_wkv_*.py))
 
 test-gpu: $(if $(BUILT),,build gpu-programs)
-	$(GPU_RUN) -m pytest -rs tests/test_device_primitives.py tests/test_gpu_*.py tests/test_wkv_cuda_*.py
-	$(GPU_RUN) -m pytest -rs --device cuda $(OP_TESTS)
+	$(GPU_RUN) -m pytest -rs tests/test_device_primitives.py tests/test_gpu_*.py tests/test_wkv_cuda_*.py; first=$$?; \
+	$(GPU_RUN) -m pytest -rs --device cuda $(OP_TESTS) && exit $$first
 
 bench-gpu: $(if $(BUILT),,build)
 	$(GPU_RUN) benchmarks/bench_gpu.py $(BENCH)

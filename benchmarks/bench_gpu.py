@@ -211,8 +211,8 @@ def report(bench, rows, compared, decoded, sweep, folder: Path, stem: str) -> st
         "## The ops",
         case_table(list(rows.values()), bench.bandwidth),
         "## Beside others",
-        "FLA's log w is computed before its times begin. Attention and Mamba compute other functions at the same model "
-        "width; Mamba's layer has twice the channels.",
+        "FLA's log w is computed, in fp32, before its times begin. Attention and Mamba compute other functions at the "
+        "same model width; Mamba's layer has twice the channels.",
         peer_table(compared),
         "## Decoding: one token for a batch",
         decode_table(decoded),

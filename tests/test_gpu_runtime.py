@@ -8,7 +8,7 @@ from gpu_tools import DEVICE, check, make_inputs, needs_kernels, run, same_bits
 from wkv_cases import OPS
 
 from rwkv_ext import ops
-from rwkv_ext.testing import assert_close_ratio, outputs_and_gradients
+from rwkv_ext.testing import WkvInputs, assert_close_ratio, outputs_and_gradients
 
 pytestmark = needs_kernels
 VERSIONS = pytest.mark.parametrize("version", OPS)
@@ -190,9 +190,14 @@ def test_gpu_runtime_zero_sizes(version):
 
 
 def test_gpu_runtime_memory():
-    """Forward without gradients allocates its outputs; forward and backward what they save and return, little more."""
-    inputs = make_inputs("6.0", 4, 4096, 16)
-    one, state = inputs.r.nbytes, inputs.state.nbytes
+    """Forward without gradients allocates its outputs; forward and backward what they save and return, little more.
+
+    With so many heads nothing is cut into segments, which would need memory for their states.
+    """
+    r, k, v = (torch.randn(8, 2048, 64, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(3))
+    state = torch.randn(8, 64, 64, 64, device=DEVICE)
+    inputs = WkvInputs(r, k, v, r.float() - 2, torch.randn(64, 64, device=DEVICE), state, None)
+    one, state = r.nbytes, state.nbytes
     torch.utils.deterministic.fill_uninitialized_memory = False
 
     def peak(function):
