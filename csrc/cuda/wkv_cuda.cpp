@@ -172,10 +172,10 @@ Tensor step(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, 
             const OptionalTensor& slots) {
   const char* op = kDecay == Decay::kEagle ? "wkv5_step" : "wkv6_step";
   const StepCall call = prepare_step(op, kDecay, r, k, v, w, u, state, slots);
-  const Device device(op, r, call.params.shape.head_size);
-  if (!starts_aligned(state))
+  if (!starts_aligned(state))  // a copy could not be updated in place
     fail(op, ": state must start at a multiple of ", kVectorAlignment, " bytes on CUDA, got storage offset ",
          state.storage_offset(), "; call .clone() once and keep the result");
+  const Device device(op, r, call.params.shape.head_size);
   device.check(launch_wkv_step(call.params, device.stream()));
   return call.y;
 }
