@@ -229,6 +229,18 @@ def test_summary_packed(emulate, adjoint, regime):
         check_op(emulate, inputs, 0, adjoint)
 
 
+@pytest.mark.parametrize("name, value", [("k", "nan"), ("k", "inf"), ("v", "nan"), ("v", "-inf"), ("w", "nan")])
+def test_summary_shows_what_is_not_finite(emulate, name, value):
+    """Nothing hides a broken activation: its key's row, or value's column, is not finite either, and no other is."""
+    inputs = make_inputs("6.0", 1, 70, 1, 32, dtype=torch.bfloat16)
+    getattr(inputs, name)[0, 50, 0, 3] = float(value)
+    shape, work, arrays, _ = problem(inputs, 0, False, result="op")
+    found = emulate("op", shape, arrays, work=work)
+    bad = torch.zeros(32, 32, dtype=torch.bool)
+    bad[3] = True
+    assert torch.equal(~found["state"][0, 0].isfinite(), bad.T if name == "v" else bad)
+
+
 def test_summary_strides(emulate):
     """r, k, v, w as views of a wider tensor, heads apart or batch rows interleaved."""
     inputs = make_inputs("6.0", 2, 140, 2, 64, dtype=torch.bfloat16, parameter_dtype=torch.bfloat16)
