@@ -168,8 +168,18 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
-// Nearest tf32, ties away from zero, so that mma_tf32's truncation is exact.
-__device__ __forceinline__ float round_tf32(float x) { return float_from_bits(float_bits(x) + 0x1000u); }
+// Nearest tf32, ties to even, so that mma_tf32's truncation is exact. NaN stays NaN: adding half a unit to the bits would
+// carry the hardware's NaN over to -0.
+__device__ __forceinline__ float round_tf32(float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  uint32_t bits;
+  asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return float_from_bits(bits);
+#else  // the instruction for it came with sm_90
+  const uint32_t bits = float_bits(x);
+  return float_from_bits(x != x ? 0x7fffffffu : (bits + 0xfffu + (bits >> 13 & 1u)) & 0xffffe000u);
+#endif
+}
 
 template <class T>
 __device__ __forceinline__ float2 unpack(uint32_t pair);

@@ -252,6 +252,8 @@ __global__ void __launch_bounds__(ForwardLayout<T, W, kSize, kConstantDecay>::kT
   unit.write = write + chunk * Tree::kWriteBytes + unit_channel / 2 * Tree::kWritePitch;
   unit.chunk_decay = chunk_decay + chunk * kSize + unit_channel;
   unit.scores = scores + warp % Layout::kUnits * Layout::kScoreFloats;
+  if (Layout::kUnits == Layout::kWarps || warp < Layout::kUnits)  // what chunk_scores never writes: i < 8, j >= 8
+    store_shared(unit.scores + lane_index() / 4 * Tree::kScorePitch + 8 + 2 * (lane_index() % 4), float2{0.f, 0.f});
   const auto two_elements = [&](const View& view) {
     const int64_t at = head * view.head_stride + channel;
     return make_float2(load_element<float>(view, at), load_element<float>(view, at + 1));

@@ -130,6 +130,13 @@ def from_fp16(bits):
     return bits.view(np.float16).astype(np.float32)
 
 
+def to_tf32(bits: np.ndarray) -> np.ndarray:
+    """Return the bits of fp32 numbers rounded to the nearest tf32, ties to even; NaN becomes the hardware's."""
+    nan = bits & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000)
+    rounded = (bits + np.uint32(0xFFF) + (bits >> np.uint32(13) & np.uint32(1))) & np.uint32(0xFFFFE000)
+    return np.where(nan, np.uint32(0x7FFFFFFF), rounded)
+
+
 FORMATS = {"bf16": (to_bf16, from_bf16), "fp16": (to_fp16, from_fp16)}
 
 
@@ -267,7 +274,7 @@ CASES = {
     "product_tf32": _product_tf32(),
     "product_tf32_from_zero": _product_tf32(from_zero=True),
     "exponentials": Case(_make_exponents, _exponentials, _exponential_errors),
-    "tf32_numbers": Case(_words(NUMBERS), lambda bits: bits + np.uint32(0x1000)),
+    "tf32_numbers": Case(_words(NUMBERS), to_tf32),
     "packs_bf16": Case(_make_pairs, lambda pairs: from_bf16(to_bf16(pairs)), bf16=True),
     "packs_fp16": Case(_make_pairs, lambda pairs: to_fp16(pairs).view(np.float16)),
     "unpacks_bf16": Case(_make_halves, from_bf16),

@@ -43,6 +43,12 @@ inline uint16_t float16_of_float(float x) {
 // What a tensor core reads of a tf32 operand.
 inline float tf32_operand(float x) { return std::bit_cast<float>(std::bit_cast<uint32_t>(x) & 0xffffe000u); }
 
+inline float nearest_tf32(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return std::bit_cast<float>(0x7fffffffu);
+  return tf32_operand(std::bit_cast<float>(bits + 0xfffu + (bits >> 13 & 1u)));
+}
+
 // 2^x where neither x nor the result is kept if subnormal.
 inline float exp2_flushed(float x) {
   if (x != x) return std::bit_cast<float>(0x7fffffffu);

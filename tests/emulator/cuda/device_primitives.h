@@ -161,7 +161,7 @@ inline void mma_tf32_from_zero(float (&c)[4], const float (&a)[4], float b0, flo
 inline uint32_t float_bits(float x) { return std::bit_cast<uint32_t>(x); }
 inline float float_from_bits(uint32_t bits) { return std::bit_cast<float>(bits); }
 inline float exp2_fast(float x) { return emulator::exp2_flushed(x); }
-inline float round_tf32(float x) { return float_from_bits(float_bits(x) + 0x1000u); }
+inline float round_tf32(float x) { return emulator::nearest_tf32(x); }
 
 template <class T>
 float2 unpack(uint32_t pair) {
