@@ -15,6 +15,7 @@
 
 #include "cuda/device_launch.h"
 #include "cuda/element.cuh"
+#include "cuda/wkv_backward_rows.cuh"
 #include "cuda/wkv_backward_state.cuh"
 #include "cuda/wkv_backward_tree.cuh"
 
@@ -22,23 +23,18 @@ namespace rwkv {
 
 // ---- dv: all key channels are needed for every value ----
 
-// Positions of 16-byte pieces in the exchange, such that neither the writing nor the reading lanes meet in a bank.
-__device__ __forceinline__ int gradient_piece(int channel, int value_pair) {
-  return value_pair ^ ((channel & 1) << 2 | (channel & 2));
-}
-__device__ __forceinline__ int key_piece(int channel, int token_pair) {
-  return token_pair ^ ((channel & 3) << 1 | (channel & 1));
-}
+// Rows of 16-byte pieces in the exchange, [channel of 8][piece], have their pieces permuted in groups of eight, such
+// that neither the writing nor the reading lanes meet in a bank.
+__device__ __forceinline__ int gradient_turn(int channel) { return (channel & 1) << 2 | (channel & 2); }
+__device__ __forceinline__ int key_turn(int channel) { return (channel & 3) << 1 | (channel & 1); }
 
-// [channel g of the warp][value pair]{g and g + 8 of the first value, of the second}
+// Tile q of G as for_each_operand visits it. [channel g of the warp][value pair]{g and g + 8 of the first value, of the
+// second}
 template <int kSize>
-__device__ __forceinline__ void publish_gradient(char* to, const KeyRows<kSize>& x) {
+__device__ __forceinline__ void publish_gradient(char* to, int q, const float (&x)[4]) {
   const int group = lane_index() / 4, member = lane_index() % 4;
-  static_for<0, kSize / 8>([&](auto q) {
-    const auto& tile = x.tile[q.value];
-    store_shared(to + (group * (kSize / 2) + gradient_piece(group, 4 * q.value + member)) * 16,
-                 make_float4(tile[0], tile[2], tile[1], tile[3]));
-  });
+  const int piece = q / 2 * 8 + ((q % 2 * 4 + member) ^ gradient_turn(group));
+  store_shared(to + (group * (kSize / 2) + piece) * 16, make_float4(x[0], x[1], x[2], x[3]));
 }
 
 // [channel g of the warp][token pair]{g of both tokens, g + 8 of both tokens}
@@ -46,7 +42,7 @@ __device__ __forceinline__ void publish_keys(char* to, const ChunkValues& k) {
   const int group = lane_index() / 4, member = lane_index() % 4;
   static_for<0, 2>([&](auto half) {
     constexpr int kFirst = 2 * half.value;
-    store_shared(to + (group * 8 + key_piece(group, 2 * member + half.value)) * 16,
+    store_shared(to + (group * 8 + ((2 * member + half.value) ^ key_turn(group))) * 16,
                  make_float4(round_tf32(k[0][kFirst]), round_tf32(k[0][kFirst + 1]), round_tf32(k[1][kFirst]),
                              round_tf32(k[1][kFirst + 1])));
   });
@@ -60,14 +56,14 @@ struct ValueRows {
   template <class Layout>
   __device__ __forceinline__ void add_keys(const char* gradient, const char* keys) {
     const int group = lane_index() / 4, member = lane_index() % 4;
+    const char* const key = keys + (member * 8 + (group ^ key_turn(member))) * 16;
+    const char* const value =
+        gradient + (member * (Layout::kSize / 2) + 8 * warp_index() + (group ^ gradient_turn(member))) * 16;
     static_for<0, Layout::kExchangeWarps>([&](auto j) {
-      static_for<0, 2>([&](auto s) {
-        const int channel = 4 * s.value + member;
-        const float4 k = load_shared<float4>(keys + j.value * Layout::kKeyWarpBytes +
-                                             (channel * 8 + key_piece(channel, group)) * 16);
-        const float4 b = load_shared<float4>(
-            gradient + j.value * Layout::kGradientWarpBytes +
-            (channel * (Layout::kSize / 2) + gradient_piece(channel, 8 * warp_index() + group)) * 16);
+      static_for<0, 2>([&](auto s) {  // channels 4s + t and 4s + t + 8
+        const float4 k = load_shared<float4>(key + j.value * Layout::kKeyWarpBytes + s.value * 4 * 8 * 16);
+        const float4 b = load_shared<float4>(value + j.value * Layout::kGradientWarpBytes +
+                                             s.value * 4 * (Layout::kSize / 2) * 16);
         const float a[4] = {k.x, k.y, k.z, k.w};
         mma_tf32(tile[0], a, b.x, b.y);
         mma_tf32(tile[1], a, b.z, b.w);
@@ -90,47 +86,33 @@ struct ValueRows {
     });
   }
 
+  // to: row 2g, the warp's values from 4t on.
   template <class T>
-  __device__ __forceinline__ void store(T* to, int64_t stride, int64_t tokens_left) const {
+  __device__ __forceinline__ void store(char* to, int64_t row_bytes, int tokens_left) const {
     const int token = lane_index() / 4 * 2;
-    T* const at = to + token * stride + 16 * warp_index() + lane_index() % 4 * 4;
     static_for<0, 2>([&](auto e) {
       constexpr int kE = 2 * e.value;
-      if (token + e.value < tokens_left)
-        store_global(at + e.value * stride, make_uint2(pack<T>(tile[0][kE], tile[1][kE]),
-                                                       pack<T>(tile[0][kE + 1], tile[1][kE + 1])));
+      const uint2 four = make_uint2(pack<T>(tile[0][kE], tile[1][kE]), pack<T>(tile[0][kE + 1], tile[1][kE + 1]));
+      if (token + e.value < tokens_left) store_global(to + e.value * row_bytes, four);
     });
   }
 };
 
-// A of a chunk as add_scores wants it; rows past the end count as 0. from: [token][16].
-__device__ __forceinline__ void load_scores(float2 (&scores)[2][2], const float* from, int64_t tokens_left) {
-  const int group = lane_index() / 4, member = lane_index() % 4;
-  static_for<0, 4>([&](auto i) {
-    const int token = 8 * (i.value / 2) + 2 * member + i.value % 2;
-    scores[i.value / 2][i.value % 2] =
-        token < tokens_left ? load_global<float2>(from + token * kTreeTokens + 2 * group) : make_float2(0.f, 0.f);
-  });
+// A of a chunk as add_scores wants it; from: row 2t, column 2g. dy is 0 past the end, so any row will do there.
+__device__ __forceinline__ void load_scores(float2 (&scores)[2][2], const float* from, int tokens_left) {
+  const auto load = [&](int last) {
+    static_for<0, 4>([&](auto i) {
+      constexpr int kRow = 8 * (i.value / 2) + i.value % 2;
+      scores[i.value / 2][i.value % 2] = load_global<float2>(from + (kRow < last ? kRow : last) * kTreeTokens);
+    });
+  };
+  if (tokens_left >= kTreeTokens)
+    load(kTreeTokens);
+  else
+    load(tokens_left - 1 - lane_index() % 4 * 2);
 }
 
 // ---- results on their way out ----
-
-// The warp's 16 channels of 16 rows from shared to global memory, 16 bytes at a time.
-template <class E>
-__device__ __forceinline__ void store_rows(E* to, int64_t stride, const char* rows, int pitch, int64_t tokens_left) {
-  constexpr int kPieces = static_cast<int>(sizeof(E));  // of a row: 16 channels
-  constexpr int kRowsAtOnce = 32 / kPieces;
-  const int row = lane_index() / kPieces, byte = lane_index() % kPieces * 16;
-  const int channel_bytes = 16 * warp_index() * static_cast<int>(sizeof(E));
-  char* const target = reinterpret_cast<char*>(to + row * stride) + channel_bytes + byte;
-  const char* const source = rows + row * pitch + channel_bytes + byte;
-  static_for<0, kTreeTokens / kRowsAtOnce>([&](auto n) {
-    constexpr int kRow = n.value * kRowsAtOnce;
-    if (row + kRow < tokens_left)
-      store_global(target + kRow * stride * static_cast<int64_t>(sizeof(E)),
-                   load_shared<uint4>(source + kRow * pitch));
-  });
-}
 
 // dw of a chunk takes the place of w.
 template <class Layout>
@@ -143,7 +125,7 @@ __device__ __forceinline__ void store_decay_gradient(char* rows, const ChunkValu
         decay_gradient(exponent[i.value / 4][i.value % 4], dlogw[i.value / 4][i.value % 4]);
   });
   if constexpr (sizeof(W) == 2) {
-    store_chunk<W>(rows + transposed_row<Layout::kDecayPitch>() + 32 * warp_index(), dw);
+    store_chunk<W>(rows + square_row<Layout::kDecayPitch>() + 32 * warp_index(), dw);
   } else {
     char* const own =
         rows + lane_index() % 4 * 4 * Layout::kDecayPitch + 4 * (16 * warp_index() + lane_index() / 4);
@@ -165,22 +147,23 @@ __device__ __forceinline__ void store_channel_sums(float* to, const float (&sum)
 
 // ---- the kernel ----
 
-// S after the chunk whose rows of k, v and w are given.
+// next = S after the chunk whose rows of k, v and w are given, and which starts with the given S.
 template <class Layout>
-__device__ __forceinline__ void advance_state(KeyRows<Layout::kSize>& state, const char* k, const char* v,
-                                              const char* w, const float (&constant_exponent)[2]) {
+__device__ __forceinline__ void advance_state(KeyRows<Layout::kSize>& next, const KeyRows<Layout::kSize>& state,
+                                              const char* k, const char* v, const char* w,
+                                              const float (&constant_exponent)[2]) {
   using T = typename Layout::Activation;
   ChunkDecay decay;
   load_decay<Layout>(decay, w, constant_exponent, kTreeTokens);
   const LevelFactors factors(decay, QuadPlace());
   ChunkValues keys;
-  load_chunk<T>(keys, k + transposed_row<Layout::kPitch>() + 32 * warp_index());
+  load_chunk<T>(keys, k + square_row<Layout::kPitch>() + 32 * warp_index());
   QuadOperand scaled;
   scale_k(scaled, keys, decay);
   const float after[2] = {factors.sibling_after[0] * factors.octet_after[0],
                           factors.sibling_after[1] * factors.octet_after[1]};
   scale(keys, scaled.quad, after);
-  advance(state, decay.whole, TokenOperand<T>(keys), v + transposed_row<Layout::kPitch>());
+  advance(next, state, decay.whole, TokenOperand<T>(keys), v + square_row<Layout::kPitch>());
 }
 
 template <class T, class W, int kSize, bool kConstantDecay>
@@ -193,7 +176,7 @@ __global__ void __launch_bounds__(BackwardLayout<T, W, kSize, kConstantDecay>::k
   const int64_t heads = op.shape.heads, head = block_index() % heads;
   const Segment segment = segment_of(op.shape, task.work, block_index() / heads);
   if (segment.item.sequence < 0) return;
-  const int64_t tokens = segment.item.tokens;
+  const int tokens = static_cast<int>(segment.item.tokens);
   const int warp = warp_index();
   const QuadPlace place;
   const BackwardShared<Layout> shared;
@@ -207,14 +190,15 @@ __global__ void __launch_bounds__(BackwardLayout<T, W, kSize, kConstantDecay>::k
       constant_exponent[c.value] = decay_exponent(load_element<float>(op.w, head * op.w.head_stride + channel));
   });
 
-  const auto matrix_of = [&](const void* matrices, int64_t index) {
-    return static_cast<const float*>(matrices) + (index * heads + head) * kSize * kSize;
+  const auto matrix_of = [&](auto* matrices, int64_t index) {
+    return matrices + (index * heads + head) * kSize * kSize;
   };
   KeyRows<kSize> gradient;  // G
+  gradient.clear();
   if (!segment.is_last())
     gradient.load(matrix_of(task.segment_dstates, segment.slot));
-  else
-    gradient.load(op.dstate_out ? matrix_of(op.dstate_out, segment.item.sequence) : nullptr);
+  else if (op.dstate_out)
+    gradient.load(matrix_of(static_cast<const float*>(op.dstate_out), segment.item.sequence));
 
   for (int i = thread_index(); i < Layout::kZeroBytes / 16; i += Layout::kThreads)
     store_shared(shared.zeros + 16 * i, make_uint4(0, 0, 0, 0));
@@ -222,42 +206,62 @@ __global__ void __launch_bounds__(BackwardLayout<T, W, kSize, kConstantDecay>::k
     for (int i = thread_index(); i < Layout::kRowsBytes / 16; i += Layout::kThreads)
       store_shared(shared.dy + 16 * i, make_uint4(0, 0, 0, 0));
 
-  const auto copy = [&](auto type, char* to, int pitch, const View& view, int64_t first) {
-    using E = typename decltype(type)::type;
-    copy_rows<kSize, Layout::kTokens, Layout::kThreads>(to, pitch, start_of<E>(view, segment, head),
-                                                        view.token_stride, first, tokens);
-  };
-  const ElementType<T> activation;
-  const ElementType<W> decay_type;
-  const float* const scores =
+  if (thread_index() == 0) {
+    auto& places = *shared.places;
+    store_shared(&places.r, start_of<const T>(op.r, segment, head));
+    store_shared(&places.k, start_of<const T>(op.k, segment, head));
+    store_shared(&places.v, start_of<const T>(op.v, segment, head));
+    store_shared(&places.dy, start_of<const T>(op.dy, segment, head));
+    if constexpr (!kConstantDecay) store_shared(&places.w, start_of<const W>(op.w, segment, head));
+    store_shared(&places.states, matrix_of(static_cast<const float*>(op.chunk_states), segment.first_chunk));
+    store_shared(&places.dstate, op.dstate && segment.is_first()
+                                     ? matrix_of(static_cast<float*>(op.dstate), segment.item.sequence)
+                                     : nullptr);
+    store_shared(&places.sums, (segment.slot * heads + head) * kSize);
+  }
+  const auto place_of = [](auto* field) { return load_shared<std::remove_pointer_t<decltype(field)>>(field); };
+  // The chunk in hand goes from the last one of the last stage to the first.
+  const int last_stage = tokens > 0 ? (tokens - 1) / Layout::kTokens * Layout::kTokens : -1;
+  const int last_chunk = last_stage + Layout::kTokens - kTreeTokens;
+  using Rows = WarpRows<T>;
+  using DecayRows = WarpRows<W>;
+  OutputRows<T> dr_rows(op.dr, segment, head, last_chunk, Rows::row(), Rows::byte());
+  OutputRows<T> dk_rows(op.dk, segment, head, last_chunk, Rows::row(), Rows::byte());
+  OutputRows<W> dw_rows(op.dw, segment, head, last_chunk, DecayRows::row(), DecayRows::byte());
+  OutputRows<T> dv_rows(op.dv, segment, head, last_chunk, lane_index() / 4 * 2,
+                        2 * (16 * warp + lane_index() % 4 * 4));
+  const float* scores =
       static_cast<const float*>(op.scores) +
-      ((segment.row * heads + head) * op.shape.tokens + segment.item.first_token) * kTreeTokens;
+      ((segment.row * heads + head) * op.shape.tokens + segment.item.first_token + last_chunk) * kTreeTokens +
+      lane_index() % 4 * 2 * kTreeTokens + lane_index() / 4 * 2;
+  const PairAddresses<Layout> pairs(shared);
 
-  for (int64_t first = (tokens - 1) / Layout::kTokens * Layout::kTokens; first >= 0 && tokens > 0;
-       first -= Layout::kTokens) {
-    const int before = static_cast<int>(first % kChunkTokens);  // tokens since a kept state
-    block_barrier();  // everyone is done with the rows of the stage after this one
-    for (int past = 0; past < before; past += Layout::kTokens) {
-      copy(activation, shared.k_before + past * kPitch, kPitch, op.k, first - before + past);
-      copy(activation, shared.v_before + past * kPitch, kPitch, op.v, first - before + past);
+  for (int stage = last_stage; stage >= 0; stage -= Layout::kTokens) {
+    const int before = stage % static_cast<int>(kChunkTokens);  // tokens since a kept state
+    const int stage_tokens = tokens - stage < Layout::kTokens ? tokens - stage : Layout::kTokens;
+    block_barrier();  // everyone is done with the rows of the stage after this one, and knows the places
+    const auto copy_state_rows = [&](char* k, char* v, char* w, int token, int wanted) {
+      copy_stage<Layout, T, kPitch>(k, place_of(&shared.places->k), op.k.token_stride, token, wanted);
+      copy_stage<Layout, T, kPitch>(v, place_of(&shared.places->v), op.v.token_stride, token, wanted);
       if constexpr (!kConstantDecay)
-        copy(decay_type, shared.w_before + past * Layout::kDecayPitch, Layout::kDecayPitch, op.w,
-             first - before + past);
-    }
-    copy(activation, shared.k, kPitch, op.k, first);
-    copy(activation, shared.v, kPitch, op.v, first);
-    if constexpr (!kConstantDecay) copy(decay_type, shared.w, Layout::kDecayPitch, op.w, first);
-    copy(activation, shared.r, kPitch, op.r, first);
-    if (op.dy.data) copy(activation, shared.dy, kPitch, op.dy, first);
+        copy_stage<Layout, W, Layout::kDecayPitch>(w, place_of(&shared.places->w), op.w.token_stride, token, wanted, no_decay<W>());
+    };
+#pragma unroll 1
+    for (int past = 0; past < before; past += Layout::kTokens)
+      copy_state_rows(shared.k_before + past * kPitch, shared.v_before + past * kPitch,
+                      shared.w_before + past * Layout::kDecayPitch, stage - before + past, Layout::kTokens);
+    copy_state_rows(shared.k, shared.v, shared.w, stage, stage_tokens);
+    copy_stage<Layout, T, kPitch>(shared.r, place_of(&shared.places->r), op.r.token_stride, stage, stage_tokens);
+    if (op.dy.data) copy_stage<Layout, T, kPitch>(shared.dy, place_of(&shared.places->dy), op.dy.token_stride, stage, stage_tokens);
     commit_copies();
     KeyRows<kSize> state;
-    state.load(matrix_of(op.chunk_states, segment.first_chunk + first / kChunkTokens));
+    state.load(place_of(&shared.places->states) + stage / kChunkTokens * heads * (kSize * kSize));
     wait_copies<0>();  // this thread's rows
     block_barrier();   // everyone's rows
 
 #pragma unroll 1
     for (int past = 0; past < before; past += kTreeTokens)
-      advance_state<Layout>(state, shared.k_before + past * kPitch, shared.v_before + past * kPitch,
+      advance_state<Layout>(state, state, shared.k_before + past * kPitch, shared.v_before + past * kPitch,
                             shared.w_before + past * Layout::kDecayPitch, constant_exponent);
     if (before > 0) {
       block_barrier();  // everyone is done with the rows before the stage, whose place the exchange takes
@@ -266,32 +270,33 @@ __global__ void __launch_bounds__(BackwardLayout<T, W, kSize, kConstantDecay>::k
 
 #pragma unroll 1
     for (int chunk = warp; chunk < Layout::kChunks; chunk += Layout::kWarps)
-      store_pair_scores<T, Layout>(shared, chunk, shared.dy + chunk * kTreeTokens * kPitch + square_row<kPitch>(),
-                                   shared.v + chunk * kTreeTokens * kPitch + square_row<kPitch>());
+      store_pair_scores<T, Layout>(shared, chunk, shared.dy + chunk * kTreeTokens * kPitch,
+                                   shared.v + chunk * kTreeTokens * kPitch);
     block_barrier();  // B of all chunks is there
 
-    // Chunks in pairs: the first one's state is kept in registers, the second one's follows from it.
+    // Chunks in pairs: the state before the first is kept, the state before the second follows from it.
 #pragma unroll 1
     for (int pair = Layout::kChunks - 2; pair >= 0; pair -= 2) {
-      const auto advance_over = [&](int chunk) {
-        advance_state<Layout>(state, shared.k + chunk * kTreeTokens * kPitch, shared.v + chunk * kTreeTokens * kPitch,
+      const auto advance_over = [&](KeyRows<kSize>& next, const KeyRows<kSize>& from, int chunk) {
+        advance_state<Layout>(next, from, shared.k + chunk * kTreeTokens * kPitch,
+                              shared.v + chunk * kTreeTokens * kPitch,
                               shared.w + chunk * kTreeTokens * Layout::kDecayPitch, constant_exponent);
       };
-      state.get(shared.state);
-      KeyRows<kSize> first_state;
+      KeyRows<kSize> states[2];
+      states[0].get(shared.state);
 #pragma unroll 1
-      for (int chunk = 0; chunk <= pair; ++chunk) {
-        if (chunk == pair) first_state = state;
-        advance_over(chunk);
-      }
+      for (int chunk = 0; chunk < pair; ++chunk) advance_over(states[0], states[0], chunk);
+      advance_over(states[1], states[0], pair);
       static_for<1, -1, -1>([&](auto which) {
-        const int chunk = pair + which.value;
-        if constexpr (which.value == 0) state = first_state;
-        const int64_t token = first + chunk * kTreeTokens, tokens_left = tokens - token;
-        const int rows = chunk * kTreeTokens * kPitch, own_row = transposed_row<kPitch>() + rows + 32 * warp;
+        const int chunk = pair + which.value, tokens_left = stage_tokens - chunk * kTreeTokens;
+        const int rows = chunk * kTreeTokens * kPitch, own_row = square_row<kPitch>() + rows + 32 * warp;
         char* const w_rows = shared.w + chunk * kTreeTokens * Layout::kDecayPitch;
+        float dr[2][4], dk[2][4], inner[2];
+        contract<T, kPitch>(dr, states[which.value], shared.dy + rows + wide_row<kPitch>(), [](int, const auto&) {});
+        row_products(inner, states[which.value], gradient);
+
         float2 chunk_scores[2][2];
-        load_scores(chunk_scores, scores + token * kTreeTokens, tokens_left);
+        load_scores(chunk_scores, scores, tokens_left);
 
         ChunkDecay decay;
         ChunkValues r, k;
@@ -310,28 +315,27 @@ __global__ void __launch_bounds__(BackwardLayout<T, W, kSize, kConstantDecay>::k
         to_border(reads, r_scaled.quad, factors.sibling_before, factors.octet_before);
         to_border(keys, k_scaled.quad, factors.sibling_after, factors.octet_after);
 
-        float dr[2][4], dk[2][4], inner[2];
-        contract<T, kPitch>(dr, state, shared.dy + rows + straight_row<kPitch>());
-        contract<T, kPitch>(dk, gradient, shared.v + rows + straight_row<kPitch>());
-        row_products(inner, state, gradient);
-
-        ValueRows dv;
+        char* const published = shared.gradient + warp % Layout::kExchangeWarps * Layout::kGradientWarpBytes;
         publish_keys(shared.keys + warp * Layout::kKeyWarpBytes, keys);
+        contract<T, kPitch>(dk, gradient, shared.v + rows + wide_row<kPitch>(), [&](int q, const float (&x)[4]) {
+          if (Layout::kExchangeRounds == 1 || warp < Layout::kExchangeWarps)
+            publish_gradient<kSize>(published, q, x);
+        });
+        ValueRows dv;
         static_for<0, Layout::kExchangeRounds>([&](auto round) {
-          if (warp / Layout::kExchangeWarps == round.value)
-            publish_gradient(shared.gradient + warp % Layout::kExchangeWarps * Layout::kGradientWarpBytes, gradient);
-          block_barrier();  // G and k~ of this round's warps are there
+          block_barrier();  // G of this round's warps is there, and k~
           dv.add_keys<Layout>(shared.gradient,
                               shared.keys + round.value * Layout::kExchangeWarps * Layout::kKeyWarpBytes);
           block_barrier();  // everyone has read them
+          if (round.value + 1 < Layout::kExchangeRounds && warp / Layout::kExchangeWarps == round.value + 1)
+            for_each_operand(gradient, [&](int q, const float (&x)[4]) { publish_gradient<kSize>(published, q, x); });
         });
         dv.add_scores<T, kPitch>(chunk_scores, shared.dy + rows);
-        dv.store(start_of<T>(op.dv, segment, head) + token * op.dv.token_stride, op.dv.token_stride, tokens_left);
-        advance(gradient, decay.whole, TokenOperand<T>(reads), shared.dy + rows + transposed_row<kPitch>());
+        dv.store<T>(dv_rows.at, dv_rows.row_bytes, tokens_left);
+        advance(gradient, gradient, decay.whole, TokenOperand<T>(reads), shared.dy + rows + square_row<kPitch>());
 
         ChunkGradients gradients;
-        chunk_gradients(gradients, dr, dk, inner, r, k, r_scaled, k_scaled, decay, factors, place,
-                        PairAddresses<Layout>(shared, chunk));
+        chunk_gradients(gradients, dr, dk, inner, r, k, r_scaled, k_scaled, decay, factors, place, pairs, chunk);
         add_near_pairs(gradients, du, r, k, u, shared, chunk);
 
         warp_barrier();  // all lanes have their r, k and w of this chunk, and dr, dk and dw may take the place
@@ -345,26 +349,24 @@ __global__ void __launch_bounds__(BackwardLayout<T, W, kSize, kConstantDecay>::k
         else
           store_decay_gradient<Layout>(w_rows, gradients.dlogw, decay.exponent);
         warp_barrier();  // all lanes' dr, dk and dw are there
-        store_rows(start_of<T>(op.dr, segment, head) + token * op.dr.token_stride, op.dr.token_stride, shared.r + rows,
-                   kPitch, tokens_left);
-        store_rows(start_of<T>(op.dk, segment, head) + token * op.dk.token_stride, op.dk.token_stride, shared.k + rows,
-                   kPitch, tokens_left);
+        Rows::store(dr_rows.at, dr_rows.row_bytes, shared.r + rows, kPitch, tokens_left);
+        Rows::store(dk_rows.at, dk_rows.row_bytes, shared.k + rows, kPitch, tokens_left);
         if constexpr (!kConstantDecay)
-          store_rows(start_of<W>(op.dw, segment, head) + token * op.dw.token_stride, op.dw.token_stride, w_rows,
-                     Layout::kDecayPitch, tokens_left);
+          DecayRows::store(dw_rows.at, dw_rows.row_bytes, w_rows, Layout::kDecayPitch, tokens_left);
+        dr_rows.previous_chunk(), dk_rows.previous_chunk(), dw_rows.previous_chunk(), dv_rows.previous_chunk();
+        scores -= kTreeTokens * kTreeTokens;
       });
     }
   }
 
   const float one[2] = {1.f, 1.f};
-  const int64_t partial = (segment.slot * heads + head) * kSize;
-  store_channel_sums(task.du_partial + partial, du, one);
+  const int64_t sums = place_of(&shared.places->sums);
+  store_channel_sums(task.du_partial + sums, du, one);
   if constexpr (kConstantDecay) {
     const float minus_rate[2] = {decay_gradient(constant_exponent[0], 1.f), decay_gradient(constant_exponent[1], 1.f)};
-    store_channel_sums(task.dw_partial + partial, dlogw_sum, minus_rate);
+    store_channel_sums(task.dw_partial + sums, dlogw_sum, minus_rate);
   }
-  if (op.dstate && segment.is_first())
-    gradient.store(static_cast<float*>(op.dstate) + (segment.item.sequence * heads + head) * kSize * kSize);
+  if (float* const dstate = place_of(&shared.places->dstate)) gradient.store(dstate);
 }
 
 template <class T, class W, int kSize, bool kConstantDecay>

@@ -7,7 +7,6 @@
 #pragma once
 
 #include "cuda/decay.cuh"
-#include "cuda/row_copy.cuh"
 #include "cuda/static_for.h"
 #include "cuda/wkv_work.h"
 
@@ -43,7 +42,7 @@ struct BackwardLayout {
 
   // Scores of pairs of tokens, B = dy v^T: [chunk][half of the first token][lane] 16 bytes, and as many zeros.
   static constexpr int kPairBytes = 2 * 32 * 16;
-  static constexpr int kZeroBytes = kPairBytes / 2 + 16;
+  static constexpr int kZeroBytes = kChunks * kPairBytes - kPairBytes / 2 + 16;
   static constexpr int kNearBytes = 4 * 8 * 4;  // [quad][8]: pairs within two tokens and the diagonal, per chunk
 
   // What warps exchange for dv: G of up to four warps, and k~.
@@ -72,14 +71,27 @@ struct BackwardLayout {
   static constexpr int kPairs = kW + kDecayRowsBytes;
   static constexpr int kZeros = kPairs + kChunks * kPairBytes;
   static constexpr int kNear = kZeros + kZeroBytes;
-  static constexpr int kScratch = kNear + kChunks * kNearBytes;
+  static constexpr int kPlaces = kNear + kChunks * kNearBytes;
+  static constexpr int kPlacesBytes = 8 * 8;
+  static constexpr int kScratch = kPlaces + kPlacesBytes;
   static constexpr int kSharedBytes = kScratch + kScratchBytes;
+};
+
+// What follows from a block's segment; kept in shared memory, because registers are scarce.
+template <class T, class W>
+struct BackwardPlaces {
+  const T *r, *k, *v, *dy;  // the segment's first token
+  const W* w;
+  const float* states;  // the first one kept
+  float* dstate;        // nullptr: not wanted
+  int64_t sums;         // of the block's channels in du_partial and dw_partial
 };
 
 template <class Layout>
 struct BackwardShared {
   char *r, *dy, *k, *v, *w;  // rows of the stage; dr, dk and dw take the place of r, k and w
   char *pairs, *zeros, *near;
+  BackwardPlaces<typename Layout::Activation, typename Layout::Decay>* places;
   char *state, *gradient, *keys;              // exchange
   char *k_before, *v_before, *w_before;       // the same place, earlier
 
@@ -93,6 +105,8 @@ struct BackwardShared {
     pairs = shared_array<char>(Layout::kPairs, Layout::kChunks * Layout::kPairBytes);
     zeros = shared_array<char>(Layout::kZeros, Layout::kZeroBytes);
     near = shared_array<char>(Layout::kNear, Layout::kChunks * Layout::kNearBytes);
+    places = shared_array<std::remove_pointer_t<decltype(places)>>(Layout::kPlaces, 1);
+    static_assert(sizeof(*places) == Layout::kPlacesBytes);
     char* const scratch = shared_array<char>(Layout::kScratch, Layout::kScratchBytes);
     state = scratch;
     gradient = state + Layout::kStateBytes;
@@ -107,34 +121,35 @@ struct BackwardShared {
 __device__ __forceinline__ int token_of_row(int row) { return row % 8 / 2 * 4 + row / 8 * 2 + row % 2; }
 
 // The rows that a lane names to load_matrices, as byte offsets into a chunk's rows.
-// Transposed, d[c + 2h]: columns 8c to 8c + 7 from the given column on, tokens of half h.
+// Transposed, d[h + 2c]: tokens of half h, columns 8c to 8c + 7 from the given column on; two second operands.
+// As stored, d[h + 2c]: the same tokens and columns; a first operand.
 template <int kPitch>
-__device__ __forceinline__ int transposed_row() {
+__device__ __forceinline__ int square_row() {
+  const int lane = lane_index();
+  return token_of_row(lane % 16) * kPitch + lane / 16 * 16;
+}
+// As stored, d[c + 2h]: the same; two second operands.
+template <int kPitch>
+__device__ __forceinline__ int turned_square_row() {
   const int lane = lane_index();
   return token_of_row(lane % 8 + lane / 16 * 8) * kPitch + lane / 8 % 2 * 16;
 }
 // As stored, d[m]: the eight tokens of half 0 (half 1 is two rows on), columns 8m to 8m + 7.
 template <int kPitch>
-__device__ __forceinline__ int straight_row() {
+__device__ __forceinline__ int wide_row() {
   const int lane = lane_index();
   return token_of_row(lane % 8) * kPitch + lane / 8 * 16;
-}
-// As stored, d[h + 2q]: tokens of half h, columns 8q to 8q + 7: a first operand, and two second operands.
-template <int kPitch>
-__device__ __forceinline__ int square_row() {
-  const int lane = lane_index();
-  return token_of_row(lane % 16) * kPitch + lane / 16 * 16;
 }
 
 // Visits pairs of neighbouring tokens of one channel: visit(c, h, index of the pair in load_matrices_transposed's d).
 template <class Visit>
 __device__ __forceinline__ void for_each_pair(const Visit& visit) {
   static_for<0, 2>([&](auto half) {
-    static_for<0, 2>([&](auto channel) { visit(channel.value, half.value, channel.value + 2 * half.value); });
+    static_for<0, 2>([&](auto channel) { visit(channel.value, half.value, half.value + 2 * channel.value); });
   });
 }
 
-// This lane's values of a 16-bit tensor; row: transposed_row at the warp's channels.
+// This lane's values of a 16-bit tensor; row: square_row at the warp's channels.
 template <class T>
 __device__ __forceinline__ void load_chunk(ChunkValues& x, const char* row) {
   uint32_t pairs[4];

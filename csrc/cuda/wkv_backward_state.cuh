@@ -24,9 +24,12 @@ struct KeyRows {
       });
     });
   }
-  __device__ __forceinline__ void load(const float* from) {  // nullptr: zeros
+  __device__ __forceinline__ void clear() {
+    for_each_pair([](float& a, float& b, int) { a = b = 0.f; });
+  }
+  __device__ __forceinline__ void load(const float* from) {
     for_each_pair([&](float& a, float& b, int at) {
-      const float2 two = from ? load_global<float2>(from + at) : make_float2(0.f, 0.f);
+      const float2 two = load_global<float2>(from + at);
       a = two.x, b = two.y;
     });
   }
@@ -57,11 +60,11 @@ struct TokenOperand {
   uint32_t high[4], low[4];
 
   __device__ __forceinline__ explicit TokenOperand(const ChunkValues& x) {
-    for_each_pair([&](int c, int half, int index) {
+    for_each_pair([&](int c, int half, int) {
       const float a = x[c][2 * half], b = x[c][2 * half + 1];
-      high[index] = pack<T>(a, b);
-      const float2 kept = unpack<T>(high[index]);
-      low[index] = pack<T>(a - kept.x, b - kept.y);
+      high[c + 2 * half] = pack<T>(a, b);
+      const float2 kept = unpack<T>(high[c + 2 * half]);
+      low[c + 2 * half] = pack<T>(a - kept.x, b - kept.y);
     });
   }
   __device__ __forceinline__ void multiply(float (&sum)[4], uint32_t half0, uint32_t half1) const {
@@ -89,38 +92,48 @@ struct TokenOperand<Float16> {
   }
 };
 
-// x <- diag(decay) x + operand rows, with rows of v or dy; row: transposed_row of the chunk at value 0.
+// next = diag(decay) x + operand rows, with rows of v or dy; row: square_row of the chunk at value 0. next may be x.
 template <class T, int kSize>
-__device__ __forceinline__ void advance(KeyRows<kSize>& x, const float (&decay)[2], const TokenOperand<T>& operand,
-                                        const char* row) {
+__device__ __forceinline__ void advance(KeyRows<kSize>& next, const KeyRows<kSize>& x, const float (&decay)[2],
+                                        const TokenOperand<T>& operand, const char* row) {
   static_for<0, kSize / 16>([&](auto j) {
     uint32_t rows[4];
     load_matrices_transposed(rows, row + 32 * j.value);
     static_for<0, 2>([&](auto d) {
-      auto& tile = x.tile[2 * j.value + d.value];
-      static_for<0, 4>([&](auto e) { tile[e.value] *= decay[e.value / 2]; });
-      operand.multiply(tile, rows[d.value], rows[d.value + 2]);
+      constexpr int kTile = 2 * j.value + d.value;
+      auto& tile = next.tile[kTile];
+      static_for<0, 4>([&](auto e) { tile[e.value] = x.tile[kTile][e.value] * decay[e.value / 2]; });
+      operand.multiply(tile, rows[2 * d.value], rows[2 * d.value + 1]);
     });
   });
 }
 
-// product[h][2c + e] = sum over values of x[channel c][.] rows[token 2h + e of the quad][.]; row: straight_row of the
-// chunk. x enters with its low 13 bits cut off.
-template <class T, int kPitch, int kSize>
-__device__ __forceinline__ void contract(float (&product)[2][4], const KeyRows<kSize>& x, const char* row) {
-  static_for<0, 2>([&](auto half) {
-    static_for<0, kSize / 32>([&](auto s) {
-      uint32_t rows[4];
-      load_matrices(rows, row + 2 * half.value * kPitch + 64 * s.value);
-      static_for<0, 4>([&](auto q) {
-        const auto& tile = x.tile[4 * s.value + q.value];
-        const float a[4] = {tile[0], tile[2], tile[1], tile[3]};
-        const float2 b = unpack<T>(rows[q.value]);
-        if constexpr (s.value + q.value == 0)
-          mma_tf32_from_zero(product[half.value], a, b.x, b.y);
-        else
-          mma_tf32(product[half.value], a, b.x, b.y);
-      });
+// Tile q as a first operand with values along its columns, rounded: {value 2t of channel g, of g + 8, value 2t + 1 of
+// g, of g + 8}.
+template <int kSize, class Visit>
+__device__ __forceinline__ void for_each_operand(const KeyRows<kSize>& x, const Visit& visit) {
+  static_for<0, kSize / 8>([&](auto q) {
+    const auto& tile = x.tile[q.value];
+    const float a[4] = {round_tf32(tile[0]), round_tf32(tile[2]), round_tf32(tile[1]), round_tf32(tile[3])};
+    visit(q.value, a);
+  });
+}
+
+// product[h][2c + e] = sum over values of x[channel c][.] rows[token 2h + e of the quad][.]; row: wide_row of the
+// chunk. visit as in for_each_operand.
+template <class T, int kPitch, int kSize, class Visit>
+__device__ __forceinline__ void contract(float (&product)[2][4], const KeyRows<kSize>& x, const char* row,
+                                         const Visit& visit) {
+  uint32_t rows[2][4];
+  for_each_operand(x, [&](int q, const float (&a)[4]) {
+    visit(q, a);
+    static_for<0, 2>([&](auto half) {
+      if (q % 4 == 0) load_matrices(rows[half.value], row + 2 * half.value * kPitch + 16 * q);
+      const float2 b = unpack<T>(rows[half.value][q % 4]);
+      if (q == 0)
+        mma_tf32_from_zero(product[half.value], a, b.x, b.y);
+      else
+        mma_tf32(product[half.value], a, b.x, b.y);
     });
   });
 }

@@ -43,18 +43,21 @@ struct ChunkDecay {
 };
 
 // rows: the chunk's first row of w (Finch); constant_exponent: of the warp's channels (Eagle). Tokens from
-// tokens_left on do not exist: they decay nothing.
+// tokens_left on do not exist and decay nothing; copy_stage sees to that where w has rows.
 template <class Layout>
 __device__ __forceinline__ void load_decay(ChunkDecay& decay, const char* rows, const float (&constant_exponent)[2],
-                                           int64_t tokens_left) {
+                                           int tokens_left) {
   using W = typename Layout::Decay;
   const int channel = 16 * warp_index(), group = lane_index() / 4, token = lane_index() % 4 * 4;
   if constexpr (Layout::kConstantDecay) {
-    static_for<0, 8>([&](auto i) { decay.exponent[i.value / 4][i.value % 4] = constant_exponent[i.value / 4]; });
+    static_for<0, 8>([&](auto i) {
+      decay.exponent[i.value / 4][i.value % 4] =
+          token + i.value % 4 < tokens_left ? constant_exponent[i.value / 4] : 0.f;
+    });
   } else {
     ChunkValues x;
     if constexpr (sizeof(W) == 2) {
-      load_chunk<W>(x, rows + transposed_row<Layout::kDecayPitch>() + 2 * channel);
+      load_chunk<W>(x, rows + square_row<Layout::kDecayPitch>() + 2 * channel);
     } else {
       const char* const own = rows + token * Layout::kDecayPitch + 4 * (channel + group);
       static_for<0, 8>([&](auto i) {
@@ -65,10 +68,6 @@ __device__ __forceinline__ void load_decay(ChunkDecay& decay, const char* rows, 
       decay.exponent[i.value / 4][i.value % 4] = decay_exponent(x[i.value / 4][i.value % 4]);
     });
   }
-  if (tokens_left < kTreeTokens)
-    static_for<0, 8>([&](auto i) {
-      if (token + i.value % 4 >= tokens_left) decay.exponent[i.value / 4][i.value % 4] = 0.f;
-    });
   static_for<0, 8>([&](auto i) {
     decay.w[i.value / 4][i.value % 4] = exp2_fast(-decay.exponent[i.value / 4][i.value % 4]);
   });
@@ -136,11 +135,11 @@ struct LevelFactors {
 // single level and order. A product over the pairs of one level and order reads zeros in all other lanes.
 template <class Layout>
 struct PairAddresses {
-  const char *level1, *level2_before, *level2_after, *level3_before, *level3_after;
+  const char *level1, *level2_before, *level2_after, *level3_before, *level3_after;  // of chunk 0
 
-  __device__ __forceinline__ PairAddresses(const BackwardShared<Layout>& shared, int chunk) {
+  __device__ __forceinline__ explicit PairAddresses(const BackwardShared<Layout>& shared) {
     const int first = lane_index() % 4, second = lane_index() / 8, apart = first ^ second;
-    const char* const own = shared.pairs + chunk * Layout::kPairBytes + lane_index() * 16;
+    const char* const own = shared.pairs + lane_index() * 16;
     const auto where = [&](bool match) { return match ? own : shared.zeros; };
     level1 = where(apart == 0);
     level2_before = where(apart == 1 && first < second);
@@ -163,19 +162,22 @@ __device__ __forceinline__ void add_level(float (&sum)[2][4], const ChunkValues&
 
 // B of one chunk, symmetric, in the order that add_level reads: [half of the first token][lane]{second token in half 0,
 // in half 1}. Also, exactly, what lies within two tokens: [quad]{B_10, B_11, B_32, B_33, B_00, B_22}.
-// dy, v: square_row of the chunk.
+// dy, v: the chunk's rows.
 template <class T, class Layout>
 __device__ __forceinline__ void store_pair_scores(const BackwardShared<Layout>& shared, int chunk, const char* dy,
                                                   const char* v) {
   const int lane = lane_index(), first = lane % 4, second = lane / 8;
   float of_dy[2][4] = {}, of_v[2][4] = {};  // dy v^T and v dy^T; [h][2i + e]: row in half i, column 2h + e of the quad
   static_for<0, Layout::kSize / 16>([&](auto s) {
-    uint32_t x[4], y[4];
-    load_matrices(x, dy + 32 * s.value);
-    load_matrices(y, v + 32 * s.value);
+    uint32_t dy_first[4], dy_second[4], v_first[4], v_second[4];
+    load_matrices(dy_first, dy + square_row<Layout::kPitch>() + 32 * s.value);
+    load_matrices(v_second, v + turned_square_row<Layout::kPitch>() + 32 * s.value);
+    load_matrices(v_first, v + square_row<Layout::kPitch>() + 32 * s.value);
+    load_matrices(dy_second, dy + turned_square_row<Layout::kPitch>() + 32 * s.value);
     static_for<0, 2>([&](auto half) {
-      mma16<T>(of_dy[half.value], x, y[half.value], y[half.value + 2]);
-      mma16<T>(of_v[half.value], y, x[half.value], x[half.value + 2]);
+      constexpr int kAt = 2 * half.value;
+      mma16<T>(of_dy[half.value], dy_first, v_second[kAt], v_second[kAt + 1]);
+      mma16<T>(of_v[half.value], v_first, dy_second[kAt], dy_second[kAt + 1]);
     });
   });
   // B is dy of the later token times v of the earlier one. In a lane's own quad, half 0 is earlier than half 1; what
@@ -210,7 +212,9 @@ __device__ __forceinline__ void chunk_gradients(ChunkGradients& gradients, float
                                                 const float (&inner)[2], const ChunkValues& r, const ChunkValues& k,
                                                 const QuadOperand& r_scaled, const QuadOperand& k_scaled,
                                                 const ChunkDecay& decay, const LevelFactors& factors,
-                                                const QuadPlace& place, const PairAddresses<Layout>& pairs) {
+                                                const QuadPlace& place, const PairAddresses<Layout>& pairs,
+                                                int chunk) {
+  const int chunk_pairs = chunk * Layout::kPairBytes;
   const auto multiply = [](float (&x)[2][4], const float (&by)[2]) {
     static_for<0, 8>([&](auto i) { x[i.value / 4][i.value % 4] *= by[i.value % 4 / 2]; });
   };
@@ -231,15 +235,15 @@ __device__ __forceinline__ void chunk_gradients(ChunkGradients& gradients, float
   multiply(dr, factors.octet_before);
   multiply(dk, factors.octet_after);
   scale(climbed, k_scaled.quad, factors.sibling_after);
-  add_level(dr, climbed, pairs.level3_before);
+  add_level(dr, climbed, pairs.level3_before + chunk_pairs);
   scale(climbed, r_scaled.quad, factors.sibling_before);
-  add_level(dk, climbed, pairs.level3_after);
+  add_level(dk, climbed, pairs.level3_after + chunk_pairs);
   quad_sum(r_octet, r_scaled.quad, dr);
   quad_sum(k_octet, k_scaled.quad, dk);
   multiply(dr, factors.sibling_before);
   multiply(dk, factors.sibling_after);
-  add_level(dr, k_scaled.quad, pairs.level2_before);
-  add_level(dk, r_scaled.quad, pairs.level2_after);
+  add_level(dr, k_scaled.quad, pairs.level2_before + chunk_pairs);
+  add_level(dk, r_scaled.quad, pairs.level2_after + chunk_pairs);
 
   // What the tokens of other quads and the world outside the chunk add to dlogw of all four tokens here.
   float common[2];
@@ -272,7 +276,8 @@ __device__ __forceinline__ void chunk_gradients(ChunkGradients& gradients, float
     r_pair[c.value] = rp[0], r_pair[c.value + 2] = rp[1];
     k_pair[c.value] = kp[0], k_pair[c.value + 2] = kp[1];
   });
-  const float2 to_second = load_shared<float2>(pairs.level1 + 8), to_first = load_shared<float2>(pairs.level1 + 512);
+  const float2 to_second = load_shared<float2>(pairs.level1 + chunk_pairs + 8);
+  const float2 to_first = load_shared<float2>(pairs.level1 + chunk_pairs + 512);
   mma_tf32(dr[1], k_pair, to_second.x, to_second.y);
   mma_tf32(dk[0], r_pair, to_first.x, to_first.y);
   static_for<0, 2>([&](auto c) {
