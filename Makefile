@@ -27,6 +27,7 @@ CPU_TORCH := --extra-index-url https://download.pytorch.org/whl/cpu --retries 0 
 export RWKV_EXT_CUDA ?= $(if $(shell command -v nvcc),1,auto)
 export TORCH_CUDA_ARCH_LIST ?= $(or $(GPU),9.0)
 
+KERNELS := $(wildcard csrc/cuda/*.cu csrc/cuda/instances/*.cu)
 # One architecture as nvcc names it: 9.0 is sm_90.
 ARCH := sm_$(subst .,,$(firstword $(subst ;, ,$(subst +PTX,,$(TORCH_CUDA_ARCH_LIST)))))
 GPU_RUN := $(if $(BUILT),$(PYTHON),$(RUN))
@@ -54,7 +55,7 @@ bench-gpu: $(if $(BUILT),,build)
 	$(GPU_RUN) benchmarks/bench_gpu.py $(BENCH)
 endif
 
-gpu-programs: build/gpu/device_primitives
+gpu-programs: build/gpu/device_primitives build/gpu/run
 
 build/gpu/device_primitives: tests/device_primitives/main.cu tests/device_primitives/cases.cuh $(wildcard csrc/cuda/*.h)
 	mkdir -p build/gpu
@@ -62,6 +63,12 @@ build/gpu/device_primitives: tests/device_primitives/main.cu tests/device_primit
 
 test-kernels: build
 	$(RUN) -m pytest tests -m kernels
+
+# The kernels themselves were compiled with the extension.
+build/gpu/run: tests/emulator/run.cpp tests/device_kernels/on_device.h build
+	mkdir -p build/gpu
+	nvcc -std=c++20 -O2 -arch=$(ARCH) -Icsrc -Itests -x cu -c -o $@.o $<
+	nvcc -arch=$(ARCH) -cudart static -Xcompiler -static-libstdc++ -o $@ $@.o $(KERNELS:%.cu=build/objects/%.o)
 
 build: .venv/installed
 	$(RUN) setup.py --quiet build_ext --inplace

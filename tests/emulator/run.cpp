@@ -1,4 +1,4 @@
-// Runs one op through the entry points of csrc/cuda/wkv_launch.h on the emulated device:
+// Runs one op through the entry points of csrc/cuda/wkv_launch.h on the emulated device, or on a GPU:
 //   run PROBLEM RESULT
 // PROBLEM is a text header, one setting or tensor a line, then the bytes of all input tensors in the order of the header:
 //   op forward | backward | summary | adjoint_summary | step
@@ -20,25 +20,23 @@
 #include <string>
 #include <vector>
 
-#include "block.h"
 #include "cuda/wkv_launch.h"
+#ifdef __CUDACC__  // the same program for a GPU
+#include "device_kernels/on_device.h"
+#else
+#include "block.h"
 #include "device.h"
+#include "host_memory.h"
 #include "report.h"
+#endif
 
 namespace {
 
+using emulator::allocate;
 using emulator::fail;
 using namespace rwkv;
 
 constexpr int kLaunchErrorExit = 71;
-constexpr unsigned char kUnwritten = 0xff;
-
-void* allocate(int64_t bytes, int64_t remainder = 0) {
-  void* memory = nullptr;
-  if (posix_memalign(&memory, 256, bytes + remainder)) fail("no memory for ", bytes, " bytes");
-  std::memset(memory, kUnwritten, bytes + remainder);
-  return static_cast<char*>(memory) + remainder;
-}
 
 struct Array {
   std::string name;
@@ -133,7 +131,11 @@ Problem read_problem(const char* path) {
   std::string line;
   while (std::getline(file, line) && line != "end") read_setting(problem, line);
   for (const Array& array : problem.arrays)
-    if (array.in && !file.read(static_cast<char*>(array.view.data), array.bytes)) fail(path, " ends too early");
+    if (array.in) {
+      std::vector<char> bytes(array.bytes);
+      if (!file.read(bytes.data(), array.bytes)) fail(path, " ends too early");
+      emulator::write_array(array.view.data, bytes.data(), array.bytes);
+    }
   if (const Array* cu_seqlens = problem.find("cu_seqlens")) {
     problem.shape.cu_seqlens = cu_seqlens->view.data;
     problem.shape.cu_seqlens_int64 = cu_seqlens->int64;
@@ -197,7 +199,7 @@ int plan_and_launch(const Params& params, const WkvForced& forced,
             << plan.items << " " << plan.workspace_bytes << std::endl;
   void* workspace = allocate(plan.workspace_bytes);
   const int error = launch_op(params, plan, workspace, nullptr);
-  std::free(workspace);
+  emulator::release(workspace);
   return error;
 }
 
@@ -227,7 +229,11 @@ int main(int count, char** words) {
   }
   std::ofstream result(words[2], std::ios::binary);
   for (const Array& array : problem.arrays)
-    if (array.out) result.write(static_cast<const char*>(array.view.data), array.bytes);
+    if (array.out) {
+      std::vector<char> bytes(array.bytes);
+      emulator::read_array(bytes.data(), array.view.data, array.bytes);
+      result.write(bytes.data(), array.bytes);
+    }
   for (const emulator::Launch& launch : emulator::launches())
     std::cout << "launch " << launch.blocks << " " << launch.threads << " " << launch.shared_bytes << " "
               << launch.bytes_read << " " << launch.bytes_written << " " << launch.kernel << "\n";
