@@ -39,7 +39,7 @@ def report() -> tuple[list[str], list[str]]:
     lines.append(f"op library rwkv_ext._C: CPU kernels, running with {info['cpu_instruction_set']} instructions")
     if info["cuda_version"]:
         lines.append(
-            f"CUDA kernels: {info['cuda_ops']}; built with CUDA {info['cuda_version']} for {info['cuda_archs']}"
+            f"CUDA kernels: built with CUDA {info['cuda_version']} for {info['cuda_archs']}: {info['cuda_ops']}"
         )
     else:
         lines.append("CUDA kernels: none built")
@@ -61,14 +61,32 @@ def _cuda_problems(info) -> list[str]:
     if not info["cuda_version"]:
         remedy = f"install the CUDA toolkit (nvcc), then RWKV_EXT_CUDA=1 {REBUILD}"
         return [f"a GPU is here but no CUDA code was built; {remedy}"]
-    archs = info["cuda_archs"].replace(";", " ").split()
-    return [
-        f"cuda:{i} is sm_{major}{minor}, which {info['cuda_archs']} does not cover; rebuild with "
+    return [problem for i in range(torch.cuda.device_count()) if (problem := _uncovered(info, i))]
+
+
+def _uncovered(info, index: int) -> str | None:
+    major, minor = torch.cuda.get_device_capability(index)
+    if covers(info["cuda_archs"].replace(";", " ").split(), major, minor):
+        return None
+    name = f"cuda:{index} is sm_{major}{minor}"
+    if major < 8:
+        return f"{name}, and the CUDA kernels need sm_80 or newer; use another GPU, or the CPU"
+    return (
+        f"{name}, which {info['cuda_archs']} does not cover; rebuild with "
         f"TORCH_CUDA_ARCH_LIST={major}.{minor} RWKV_EXT_CUDA=1 {REBUILD}"
-        for i in range(torch.cuda.device_count())
-        for major, minor in [torch.cuda.get_device_capability(i)]
-        if not covers(archs, major, minor)
-    ]
+    )
+
+
+def gpu_problem(index: int = 0) -> str | None:
+    """Return why the ops do not run on cuda:index, or None."""
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    if index >= torch.cuda.device_count():
+        return f"there is no cuda:{index} ({torch.cuda.device_count()} found)"
+    if _load.error:
+        return _load.error
+    info = _load.build_info()
+    return _uncovered(info, index) if info["cuda_version"] else _cuda_problems(info)[0]
 
 
 def covers(archs: list[str], major: int, minor: int) -> bool:

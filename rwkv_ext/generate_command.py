@@ -7,7 +7,7 @@ import time
 import torch
 
 from . import sampling
-from ._load import has_cuda_kernels
+from .doctor import gpu_problem
 from .generate import check_limits, generate
 from .models import RWKV
 from .tokenizer import WorldTokenizer
@@ -59,8 +59,7 @@ def run(args) -> int:
 
 def _device(name: str | None) -> torch.device:
     if name is None:
-        kernels = [f"wkv{version}_{op}" for version in (5, 6) for op in ("forward", "step")]
-        return torch.device("cuda" if torch.cuda.is_available() and has_cuda_kernels(*kernels) else "cpu")
+        return torch.device("cpu" if gpu_problem() else "cuda")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -13,6 +13,7 @@ import torch
 from rwkv_ext import RWKV, WorldTokenizer
 from rwkv_ext.data.binidx import BinidxReader
 from train import demo, demo_corpus, pretrain
+from train.config_file import load_config
 from train.demo_baselines import ALPHAS, KAPPAS, NgramBaseline, xz_bytes
 from train.demo_corpus import collect, data_lines, table_share
 
@@ -253,10 +254,21 @@ def tiny_demo(tmp_path, monkeypatch):
         return demo.main(["--out", str(tmp_path / "out"), "--data", str(text), "--minutes", "1", *arguments])
 
     monkeypatch.setattr(demo, "CONFIG", config)
-    monkeypatch.setattr(demo, "PASSES", 0.05)
+    monkeypatch.setattr(demo, "GPU_CONFIG", config)
+    monkeypatch.setattr(demo, "PASSES", {config: 0.05})
     monkeypatch.setattr(demo, "train", train)
     monkeypatch.setattr("train.demo_report.SAMPLE_TOKENS", 5)
     return run
+
+
+def test_demo_takes_the_larger_model_to_a_gpu(monkeypatch):
+    monkeypatch.setattr(demo, "cuda_problem", lambda rank: "torch sees no GPU")
+    assert demo.choose_config() == demo.CONFIG
+    monkeypatch.setattr(demo, "cuda_problem", lambda rank: None)
+    assert demo.choose_config() == demo.GPU_CONFIG
+    small, large = (load_config(path) for path in (demo.CONFIG, demo.GPU_CONFIG))
+    assert large.model.n_embd > small.model.n_embd and large.train.dtype == "bf16"
+    assert set(demo.PASSES) == {demo.CONFIG, demo.GPU_CONFIG}
 
 
 def test_demo_reports_and_uses_what_is_there_again(tiny_demo, tmp_path, capsys, monkeypatch):
@@ -307,17 +319,17 @@ def test_demo_reports_and_uses_what_is_there_again(tiny_demo, tmp_path, capsys, 
 
 def test_a_run_of_another_length_is_kept_beside(tiny_demo, tmp_path):
     out = tmp_path / "out"
-    plan = demo.plan_training(out, "text", 10, 8.5)
+    plan = demo.plan_training(out, "text", demo.CONFIG, 10, 8.5)
     assert plan == 8.5
     demo.CONFIG.write_text(TINY + "# a comment changes nothing\n")
-    assert demo.plan_training(out, "text", 10, 3.0) == 8.5  # an interrupted run keeps its length
-    assert demo.plan_training(out, "text", 60, 58.0) == 58.0
+    assert demo.plan_training(out, "text", demo.CONFIG, 10, 3.0) == 8.5  # an interrupted run keeps its length
+    assert demo.plan_training(out, "text", demo.CONFIG, 60, 58.0) == 58.0
     assert json.loads((out / "finch-1" / "demo.json").read_text())["minutes"] == 10
-    assert demo.plan_training(out, "other text", 60, 57.0) == 57.0
+    assert demo.plan_training(out, "other text", demo.CONFIG, 60, 57.0) == 57.0
     assert (out / "finch-2" / "demo.json").is_file()
     demo.CONFIG.write_text(TINY.replace("n_embd = 32", "n_embd = 64"))
-    assert demo.plan_training(out, "other text", 60, 56.0) == 56.0
-    assert demo.plan_training(tmp_path / "slow", "text", 10, -3.0) == 2.5
+    assert demo.plan_training(out, "other text", demo.CONFIG, 60, 56.0) == 56.0
+    assert demo.plan_training(tmp_path / "slow", "text", demo.CONFIG, 10, -3.0) == 2.5
 
 
 def test_damaged_shards_are_built_again(tiny_demo, tmp_path, monkeypatch, capsys):

@@ -80,6 +80,24 @@ def test_doctor_compares_the_build_with_the_gpu(monkeypatch, hopper, version, ar
     lines, problems = doctor.report()
     assert "H200 (sm_90)" in "\n".join(lines)
     assert [problem in p for p in problems] == ([] if problem is None else [True])
+    assert (doctor.gpu_problem() is None) if problem is None else (problem in doctor.gpu_problem())
+    assert doctor.gpu_problem(1) == "there is no cuda:1 (1 found)"
+
+
+def test_gpu_problem_says_what_is_missing_first(monkeypatch, hopper):
+    monkeypatch.setattr(_load, "error", "the library is not built; build it")
+    assert doctor.gpu_problem() == "the library is not built; build it"
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert doctor.gpu_problem() == "torch sees no GPU"
+
+
+def test_doctor_knows_no_kernels_below_sm_80(monkeypatch, hopper):
+    info = {"cpu_instruction_set": "avx2", "cuda_version": "13.0", "cuda_archs": "8.0", "cuda_ops": "wkv6_step"}
+    monkeypatch.setattr(_load, "build_info", lambda: info)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i=0: (7, 5))
+    text = "cuda:0 is sm_75, and the CUDA kernels need sm_80 or newer; use another GPU, or the CPU"
+    assert doctor.report()[1] == [text] and doctor.gpu_problem() == text
 
 
 @pytest.mark.parametrize(

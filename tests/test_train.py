@@ -253,12 +253,17 @@ def test_train_device_and_dtype_choices(monkeypatch):
     assert choose_device("cpu", 0) == CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(train.hardware, "has_cuda_kernels", lambda *ops: False)
+    monkeypatch.setattr(train.hardware, "gpu_problem", lambda index: "it is too old; use another")
     assert choose_device("auto", 0) == CPU
     with pytest.raises(ValueError, match="rank 3 of this machine has no GPU of its own"):
         choose_device("cuda", 3)
-    with pytest.raises(ValueError, match="has no CUDA kernels for training; run `rwkv-ext doctor`"):
+    with pytest.raises(ValueError, match='got "cuda": it is too old; use another'):
         choose_device("cuda", 0)
+    chosen = []
+    monkeypatch.setattr(train.hardware, "gpu_problem", lambda index: None)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert choose_device("auto", 0) == torch.device("cuda", 0) and chosen == [0]
+    assert choose_dtype("auto", torch.device("cuda", 0), 64, 64) == "bf16"
     speeds = {torch.float32: 1e9, torch.bfloat16: 3e9}
     monkeypatch.setattr(train.hardware, "gemm_flops", lambda dtype, *rest: speeds[dtype])
     assert choose_dtype("auto", CPU, 64, 64) == "bf16" and choose_dtype("fp32", CPU, 64, 64) == "fp32"

@@ -30,11 +30,13 @@ from train.config_file import dump_config, load_config
 from train.demo_baselines import NgramBaseline, held_out_tokens, xz_bytes
 from train.demo_corpus import Corpus, collect, write_jsonl
 from train.demo_report import ALL_WINDOWS, judge, prompts, report_lines, write_samples
+from train.hardware import cuda_problem
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "train" / "configs" / "demo.toml"
+GPU_CONFIG = ROOT / "train" / "configs" / "demo-gpu.toml"  # taken where the kernels have a GPU to run on
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]  # what `torchrun` is, and what is called here
-PASSES = 6  # over the training text at most: repeating it more often teaches little
+PASSES = {CONFIG: 6, GPU_CONFIG: 4}  # over the training text at most: more would teach it by heart
 CLOSING_MINUTES = 1.0  # of the time for the last measurement and the samples, less in a short demo
 
 
@@ -61,6 +63,7 @@ def demo(out: Path, source: Path | None, minutes: float) -> int:
     if not minutes >= 1:
         raise ValueError(f"demo: MINUTES must be at least 1, got {minutes:g}; 10 is enough to see Python")
 
+    config = choose_config()
     heading("1. Text")
     corpus = collect(source, without=out)
     print("\n".join(corpus.lines()))
@@ -73,17 +76,17 @@ def demo(out: Path, source: Path | None, minutes: float) -> int:
     settings = [
         f"data.train={json.dumps([str(out / 'shards' / 'train')])}",
         f"data.validation={json.dumps([str(out / 'shards' / 'held_out')])}",
-        f"train.tokens={int(PASSES * BinidxReader(out / 'shards' / 'train').n_tokens)}",
+        f"train.tokens={int(PASSES[config] * BinidxReader(out / 'shards' / 'train').n_tokens)}",
         f"checkpoint.folder={json.dumps(str(out / 'finch'))}",
     ]
-    baselines = measure_baselines(out, corpus, text, settings)
+    baselines = measure_baselines(out, corpus, text, config, settings)
     drawn = ", ".join(f"{name} = {value:.4f}" for name, value in baselines["picture"].items())
     settings.append(f"log.baselines={{ {drawn} }}")
 
     heading("4. Training")
     remaining = minutes - (time.monotonic() - started) / 60 - min(CLOSING_MINUTES, minutes / 5)
-    settings.append(f"train.minutes={plan_training(out, text, minutes, remaining):g}")
-    arguments = ["--standalone", "--nproc-per-node", "1", str(ROOT / "train" / "pretrain.py"), str(CONFIG)]
+    settings.append(f"train.minutes={plan_training(out, text, config, minutes, remaining):g}")
+    arguments = ["--standalone", "--nproc-per-node", "1", str(ROOT / "train" / "pretrain.py"), str(config)]
     for setting in settings:
         arguments += ["--set", setting]
     status = train(arguments)
@@ -92,12 +95,17 @@ def demo(out: Path, source: Path | None, minutes: float) -> int:
         return status or 130
 
     heading("5. Result")
-    model, results = judge(load_config(CONFIG, [*settings, ALL_WINDOWS]), out / "finch" / "final.pth", baselines)
+    model, results = judge(load_config(config, [*settings, ALL_WINDOWS]), out / "finch" / "final.pth", baselines)
     samples = write_samples(model, prompts(corpus, python=source is None))
     lines = report_lines(out, corpus, results, samples, (time.monotonic() - started) / 60, [*TORCHRUN, *arguments])
     atomic_write(out / "report.md", lambda file: file.write("\n".join(lines).encode() + b"\n"), "demo")
     print("\n".join(lines))
     return 0
+
+
+def choose_config() -> Path:
+    """Return the configuration for a GPU where train.device = "auto" will take one, else the CPU's."""
+    return GPU_CONFIG if cuda_problem(0) is None else CONFIG
 
 
 def heading(title: str) -> None:
@@ -142,16 +150,16 @@ def shard_fingerprints(out: Path) -> dict[str, str]:
     return found
 
 
-def measure_baselines(out: Path, corpus: Corpus, text: str, settings: list[str]) -> dict:
+def measure_baselines(out: Path, corpus: Corpus, text: str, path: Path, settings: list[str]) -> dict:
     """Return {"picture": nats by name, "report": nats by name, "xz": ...}, from baselines.json if it is of this text.
 
     "picture" is over the windows that the trainer's validations measure, "report" over all held-out windows.
     """
-    key = hashlib.sha256(f"{text} {dump_config(load_config(CONFIG))}".encode()).hexdigest()
-    path = out / "baselines.json"
-    found = read_json(path)
+    key = hashlib.sha256(f"{text} {dump_config(load_config(path))}".encode()).hexdigest()
+    note = out / "baselines.json"
+    found = read_json(note)
     if found is None or found["of"] != key:
-        config = load_config(CONFIG, settings)
+        config = load_config(path, settings)
         tokens = BinidxReader(config.data.train[0]).tokens
         model = NgramBaseline.fit(tokens, config.model.vocab_size)
         alone, added = xz_bytes((d.data for d in corpus.train), (d.data for d in corpus.held_out))
@@ -160,22 +168,22 @@ def measure_baselines(out: Path, corpus: Corpus, text: str, settings: list[str])
             "alpha": model.alpha,
             "kappa": model.kappa,
             "picture": model.nats_per_token(*held_out_tokens(config)),
-            "report": model.nats_per_token(*held_out_tokens(load_config(CONFIG, [*settings, ALL_WINDOWS]))),
+            "report": model.nats_per_token(*held_out_tokens(load_config(path, [*settings, ALL_WINDOWS]))),
             "xz": {"alone": alone, "added": added, "text": sum(len(d.data) for d in corpus.held_out)},
         }
-        write_json(path, found)
+        write_json(note, found)
     for name, value in found["report"].items():
         print(f"  {name:<10}{value:.3f} nats per token of the held-out text")
     return found
 
 
-def plan_training(out: Path, text: str, minutes: float, remaining: float) -> float:
+def plan_training(out: Path, text: str, config: Path, minutes: float, remaining: float) -> float:
     """Return the minutes of training: what remains, or what an interrupted run of the same plan was given.
 
     A run of another text, length or configuration is moved aside, not lost and not mixed up with the new one.
     """
     folder, note = out / "finch", out / "finch" / "demo.json"
-    plan = {"text": text, "minutes": minutes, "config": dump_config(load_config(CONFIG))}
+    plan = {"text": text, "minutes": minutes, "config": dump_config(load_config(config))}
     earlier = read_json(note)
     if earlier is not None and {key: earlier.get(key) for key in plan} == plan:
         return earlier["training_minutes"]

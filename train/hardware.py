@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from rwkv_ext._load import has_cuda_kernels
+from rwkv_ext.doctor import gpu_problem
 from rwkv_ext.models import RWKVConfig
 
 # Dense bf16 peak in TFLOP/s by a part of the device's name, from the vendors' data sheets; the first match counts.
@@ -40,13 +40,9 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
 
 def cuda_problem(local_rank: int) -> str | None:
     """Return why training cannot run on GPU local_rank, or None."""
-    if not torch.cuda.is_available():
-        return "torch sees no GPU"
-    if local_rank >= torch.cuda.device_count():
+    if torch.cuda.is_available() and local_rank >= torch.cuda.device_count():
         return f"rank {local_rank} of this machine has no GPU of its own ({torch.cuda.device_count()} found)"
-    if not has_cuda_kernels("wkv5_forward", "wkv5_backward", "wkv6_forward", "wkv6_backward"):
-        return "rwkv_ext has no CUDA kernels for training; run `rwkv-ext doctor`"
-    return None
+    return gpu_problem(local_rank)
 
 
 def gemm_flops(dtype: torch.dtype, device: torch.device, tokens: int, width: int, seconds: float = 0.3) -> float:
