@@ -291,9 +291,11 @@ __global__ void __launch_bounds__(BackwardLayout<T, W, kSize, kConstantDecay>::k
         const int chunk = pair + which.value, tokens_left = stage_tokens - chunk * kTreeTokens;
         const int rows = chunk * kTreeTokens * kPitch, own_row = square_row<kPitch>() + rows + 32 * warp;
         char* const w_rows = shared.w + chunk * kTreeTokens * Layout::kDecayPitch;
-        float dr[2][4], dk[2][4], inner[2];
-        contract<T, kPitch>(dr, states[which.value], shared.dy + rows + wide_row<kPitch>(), [](int, const auto&) {});
-        row_products(inner, states[which.value], gradient);
+        float dr[2][4], dk[2][4];
+        RowProducts inner;
+        contract<T, kPitch>(dr, states[which.value], shared.dy + rows + wide_row<kPitch>(),
+                            [&](int q, const float (&x)[4]) { inner.add<T>(q, x, gradient.tile[q]); });
+        const float inner_sums[2] = {inner.sum(0), inner.sum(1)};
 
         float2 chunk_scores[2][2];
         load_scores(chunk_scores, scores, tokens_left);
@@ -328,14 +330,15 @@ __global__ void __launch_bounds__(BackwardLayout<T, W, kSize, kConstantDecay>::k
                               shared.keys + round.value * Layout::kExchangeWarps * Layout::kKeyWarpBytes);
           block_barrier();  // everyone has read them
           if (round.value + 1 < Layout::kExchangeRounds && warp / Layout::kExchangeWarps == round.value + 1)
-            for_each_operand(gradient, [&](int q, const float (&x)[4]) { publish_gradient<kSize>(published, q, x); });
+            for_each_operand<T>(gradient,
+                                [&](int q, const float (&x)[4]) { publish_gradient<kSize>(published, q, x); });
         });
         dv.add_scores<T, kPitch>(chunk_scores, shared.dy + rows);
         dv.store<T>(dv_rows.at, dv_rows.row_bytes, tokens_left);
         advance(gradient, gradient, decay.whole, TokenOperand<T>(reads), shared.dy + rows + square_row<kPitch>());
 
         ChunkGradients gradients;
-        chunk_gradients(gradients, dr, dk, inner, r, k, r_scaled, k_scaled, decay, factors, place, pairs, chunk);
+        chunk_gradients(gradients, dr, dk, inner_sums, r, k, r_scaled, k_scaled, decay, factors, place, pairs, chunk);
         add_near_pairs(gradients, du, r, k, u, shared, chunk);
 
         warp_barrier();  // all lanes have their r, k and w of this chunk, and dr, dk and dw may take the place

@@ -12,11 +12,11 @@
 
 namespace rwkv {
 
-// A type as a function argument.
-template <class E>
-struct ElementType {
-  using type = E;
-};
+// An operand of mma_tf32, which cuts off what tf32 does not hold. fp16 would show that and bf16 does not.
+template <class T>
+__device__ __forceinline__ float tf32_operand(float x) {
+  return std::is_same_v<T, Float16> ? round_tf32(x) : x;
+}
 
 using ChunkValues = float[2][4];  // [channel g or g + 8][token of the quad]
 

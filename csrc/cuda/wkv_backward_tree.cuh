@@ -150,11 +150,12 @@ struct PairAddresses {
 };
 
 // sum[h][2c + e] += sum over the tokens of the level x[channel c][.] B[.][token 2h + e]
+template <class T>
 __device__ __forceinline__ void add_level(float (&sum)[2][4], const ChunkValues& x, const char* scores) {
   static_for<0, 2>([&](auto half) {
     const float4 b = load_shared<float4>(scores + half.value * 512);
-    const float a[4] = {x[0][2 * half.value], x[1][2 * half.value], x[0][2 * half.value + 1],
-                        x[1][2 * half.value + 1]};
+    const float a[4] = {tf32_operand<T>(x[0][2 * half.value]), tf32_operand<T>(x[1][2 * half.value]),
+                        tf32_operand<T>(x[0][2 * half.value + 1]), tf32_operand<T>(x[1][2 * half.value + 1])};
     mma_tf32(sum[0], a, b.x, b.y);
     mma_tf32(sum[1], a, b.z, b.w);
   });
@@ -206,7 +207,7 @@ struct ChunkGradients {
   ChunkValues dr, dk, dlogw;
 };
 
-// dr = S dy and dk = G v on entry, [half][2c + e]; inner: the lane's share of rowsum(S G).
+// dr = S dy and dk = G v on entry, [half][2c + e]; inner: rowsum(S G).
 template <class Layout>
 __device__ __forceinline__ void chunk_gradients(ChunkGradients& gradients, float (&dr)[2][4], float (&dk)[2][4],
                                                 const float (&inner)[2], const ChunkValues& r, const ChunkValues& k,
@@ -214,6 +215,7 @@ __device__ __forceinline__ void chunk_gradients(ChunkGradients& gradients, float
                                                 const ChunkDecay& decay, const LevelFactors& factors,
                                                 const QuadPlace& place, const PairAddresses<Layout>& pairs,
                                                 int chunk) {
+  using T = typename Layout::Activation;
   const int chunk_pairs = chunk * Layout::kPairBytes;
   const auto multiply = [](float (&x)[2][4], const float (&by)[2]) {
     static_for<0, 8>([&](auto i) { x[i.value / 4][i.value % 4] *= by[i.value % 4 / 2]; });
@@ -235,15 +237,15 @@ __device__ __forceinline__ void chunk_gradients(ChunkGradients& gradients, float
   multiply(dr, factors.octet_before);
   multiply(dk, factors.octet_after);
   scale(climbed, k_scaled.quad, factors.sibling_after);
-  add_level(dr, climbed, pairs.level3_before + chunk_pairs);
+  add_level<T>(dr, climbed, pairs.level3_before + chunk_pairs);
   scale(climbed, r_scaled.quad, factors.sibling_before);
-  add_level(dk, climbed, pairs.level3_after + chunk_pairs);
+  add_level<T>(dk, climbed, pairs.level3_after + chunk_pairs);
   quad_sum(r_octet, r_scaled.quad, dr);
   quad_sum(k_octet, k_scaled.quad, dk);
   multiply(dr, factors.sibling_before);
   multiply(dk, factors.sibling_after);
-  add_level(dr, k_scaled.quad, pairs.level2_before + chunk_pairs);
-  add_level(dk, r_scaled.quad, pairs.level2_after + chunk_pairs);
+  add_level<T>(dr, k_scaled.quad, pairs.level2_before + chunk_pairs);
+  add_level<T>(dk, r_scaled.quad, pairs.level2_after + chunk_pairs);
 
   // What the tokens of other quads and the world outside the chunk add to dlogw of all four tokens here.
   float common[2];
@@ -252,10 +254,8 @@ __device__ __forceinline__ void chunk_gradients(ChunkGradients& gradients, float
     const float to_sibling = sibling * (place.second_quad ? r_octet[c.value] : k_octet[c.value]);
     const float climb = place.second_octet == place.second_quad ? sibling : 1.f;
     float to_octet = octet * climb * (place.second_octet ? r_outside[c.value] : k_outside[c.value]);
-    float to_all = decay.whole[c.value] * inner[c.value];
     to_octet += shuffle_xor(to_octet, 1);
-    to_all += shuffle_xor(to_all, 1);
-    common[c.value] = to_all + shuffle_xor(to_all + to_octet, 2) + shuffle_xor(to_sibling, 1);
+    common[c.value] = fmaf(decay.whole[c.value], inner[c.value], shuffle_xor(to_octet, 2) + shuffle_xor(to_sibling, 1));
   });
 
   float r_pair[4], k_pair[4];  // level 1's first operands
@@ -273,8 +273,8 @@ __device__ __forceinline__ void chunk_gradients(ChunkGradients& gradients, float
     from_left[c.value] = fmaf(kp[1], dk[0][kC + 1], fmaf(kp[0], dk[0][kC], common[c.value]));
     gradients.dlogw[c.value][0] = fmaf(r[c.value][1], dr[0][kC + 1], from_right[c.value]);
     gradients.dlogw[c.value][3] = fmaf(k[c.value][2], dk[1][kC], from_left[c.value]);
-    r_pair[c.value] = rp[0], r_pair[c.value + 2] = rp[1];
-    k_pair[c.value] = kp[0], k_pair[c.value + 2] = kp[1];
+    r_pair[c.value] = tf32_operand<T>(rp[0]), r_pair[c.value + 2] = tf32_operand<T>(rp[1]);
+    k_pair[c.value] = tf32_operand<T>(kp[0]), k_pair[c.value + 2] = tf32_operand<T>(kp[1]);
   });
   const float2 to_second = load_shared<float2>(pairs.level1 + chunk_pairs + 8);
   const float2 to_first = load_shared<float2>(pairs.level1 + chunk_pairs + 512);
