@@ -33,9 +33,22 @@ constexpr int64_t in_chunks(int64_t tokens) { return chunks_of(tokens) * kChunkT
 // More than any sequence has, so that no sequence is cut.
 constexpr int64_t uncut_tokens(const WkvShape& shape) { return in_chunks(shape.tokens + 1); }
 
-// Tokens per segment: a multiple of kChunkTokens. About 1.5 segments for every slot, so that the last ones to finish
-// leave little idle. The host does not know packed lengths, only their sum: there a slot's share of all tokens is the
-// measure, and sequences that are not much longer stay whole (segments_of_length).
+// Into how many segments to cut each of `blocks` equal sequences, at most `most`. Segments take turns in whole waves of
+// the slots, so the best number is just below a multiple of them; more than one wave only where it idles less.
+inline int64_t choose_segments(int64_t blocks, int64_t slots, int64_t most) {
+  int64_t best = 1;
+  double best_use = 0;
+  for (int64_t waves = 1; waves <= 3; ++waves) {
+    const int64_t segments = std::clamp<int64_t>(waves * slots / blocks, 1, std::max<int64_t>(most, 1));
+    const int64_t taken = (blocks * segments + slots - 1) / slots * slots;
+    const double use = static_cast<double>(blocks * segments) / static_cast<double>(taken);
+    if (waves == 1 || use > best_use + 0.05) best = segments, best_use = use;
+  }
+  return best;
+}
+
+// Tokens per segment: a multiple of kChunkTokens. The host does not know packed lengths, only their sum: there two thirds
+// of a slot's share of all tokens is the measure, and sequences that are not much longer stay whole (segments_of_length).
 inline int64_t choose_segment_tokens(const WkvShape& shape, int64_t slots) {
   const int64_t blocks = shape.cu_seqlens ? shape.heads : shape.sequences * shape.heads;
   if (blocks == 0 || slots <= 0 || fills(blocks, slots)) return uncut_tokens(shape);
@@ -43,8 +56,7 @@ inline int64_t choose_segment_tokens(const WkvShape& shape, int64_t slots) {
   if (shape.cu_seqlens) {
     tokens = std::max(kShortestSegment, shape.tokens * shape.heads * 2 / (3 * slots));
   } else {
-    const int64_t wanted = (3 * slots + blocks) / (2 * blocks);  // 1.5 slots / blocks, rounded
-    const int64_t segments = std::min(wanted, shape.tokens / kShortestSegment);
+    const int64_t segments = choose_segments(blocks, slots, shape.tokens / kShortestSegment);
     if (segments < 2) return uncut_tokens(shape);
     tokens = (shape.tokens + segments - 1) / segments;
   }
