@@ -52,10 +52,15 @@ inline Tensor contiguous_copy(const Tensor& x) {
 
 inline void set_zero(Tensor& x) { torch::stable::zero_(x); }
 
+// No copy where x is contiguous already.
+inline Tensor made_contiguous(const Tensor& x) {
+  return x.is_contiguous() ? x : in_torchs_words([&] { return torch::stable::contiguous(x); });
+}
+
 // The same elements with a unit last stride; no copy where that already holds.
 inline Tensor with_unit_last_stride(const Tensor& x) {
   const int64_t last = x.dim() - 1;
-  return x.size(last) <= 1 || x.stride(last) == 1 ? x : torch::stable::contiguous(x);
+  return x.size(last) <= 1 || x.stride(last) == 1 ? x : made_contiguous(x);
 }
 
 // Calls body(begin, end) over [0, count) on torch's thread pool. An exception keeps its type and text: torch's own loop

@@ -37,8 +37,7 @@ inline View view_of(const Tensor& x) {  // [B, T, H, N], or [H, N] repeated over
 }
 
 inline OptionalTensor contiguous(const OptionalTensor& x) {
-  if (!x || x->is_contiguous()) return x;
-  return torch::stable::contiguous(*x);
+  return x ? OptionalTensor(made_contiguous(*x)) : x;
 }
 
 inline void check_decay(const Checks& check, Decay decay, const Tensor& like, const Tensor& w) {
@@ -164,8 +163,8 @@ inline BackwardCall prepare_backward(const char* op, Decay decay, const Optional
 
   if (dy) call.dy = with_unit_last_stride(*dy);
   call.dstate_out = contiguous(dstate_out);
-  call.chunk_states = chunk_states.is_contiguous() ? chunk_states : torch::stable::contiguous(chunk_states);
-  call.scores = scores.is_contiguous() ? scores : torch::stable::contiguous(scores);
+  call.chunk_states = made_contiguous(chunk_states);
+  call.scores = made_contiguous(scores);
   const auto like_r = [&] { return new_empty(r, {p.shape.batch, p.shape.tokens, heads, size}, r.scalar_type()); };
   call.dr = like_r(), call.dk = like_r(), call.dv = like_r();
   call.dw = decay == Decay::kEagle ? new_empty(w, {heads, size}, w.scalar_type())

@@ -15,6 +15,16 @@ SCORES_PER_TOKEN = 16  # likewise, by the CUDA kernels for 16-bit activations: k
 AUTOCAST_KEYS = {"cpu": DispatchKey.AutocastCPU, "cuda": DispatchKey.AutocastCUDA}
 
 
+def with_torchs_errors(op, *arguments):
+    """Call op; torch.OutOfMemoryError keeps its type, which the stable ABI takes away."""
+    try:
+        return op(*arguments)
+    except RuntimeError as error:
+        if type(error) is RuntimeError and "CUDA out of memory" in str(error):
+            raise torch.OutOfMemoryError(str(error)) from None
+        raise
+
+
 def _state_dtype(r):
     return torch.float64 if r.dtype == torch.float64 else torch.float32
 
@@ -98,7 +108,7 @@ def _backward_formula(name):
             return (None,) * 8
         saved = ctx.saved_tensors  # read once: activation checkpointing recomputes them on that one read
         op = getattr(torch.ops.rwkv_ext, name + "_backward")
-        *gradients, dstate = op(dy, dstate_out, *saved)
+        *gradients, dstate = with_torchs_errors(op, dy, dstate_out, *saved)
         return (*gradients, None if saved[5] is None else dstate, None, None)
 
     return backward

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _load, _registration  # noqa: F401  (registers fake, autograd and autocast)
+from . import _load, _registration  # the second registers fake, autograd and autocast
 
 _DOCUMENTATION = """
     Args:
@@ -141,7 +141,10 @@ def _forward(name, r, k, v, w, u, state, cu_seqlens):
     inputs = {"r": r, "k": k, "v": v, "w": w, "u": u, "state": state, "cu_seqlens": cu_seqlens}
     tensors = _tensors_of(name.removesuffix("_forward"), inputs, optional=("state", "cu_seqlens"))
     save = torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values())
-    return getattr(torch.ops.rwkv_ext, name)(*inputs.values(), save)[:2]
+    op = getattr(torch.ops.rwkv_ext, name)
+    if torch.compiler.is_compiling():
+        return op(*inputs.values(), save)[:2]
+    return _registration.with_torchs_errors(op, *inputs.values(), save)[:2]
 
 
 def _step(name, r, k, v, w, u, state, slots):
