@@ -8,7 +8,6 @@ import torch
 from emulator.ops import Emulator
 from kernel_cases import (
     CHUNK_INSTANCES,
-    MAIN,
     MAIN_INSTANCES,
     RECURRENT_INSTANCES,
     REFERENCES,

@@ -93,9 +93,17 @@ def dependencies(text):
     return sorted(set(re.sub(r"\\\n", " ", text).split(":", 1)[1].split()))
 
 
+def name_of(source: Path) -> str:
+    return str(source.relative_to(ROOT)) if source.is_relative_to(ROOT) else str(source)
+
+
+def record_of(source: Path, flags: list[str], folder: Path) -> Path:
+    """Return where it is written which files the source included when it was last compiled with these flags."""
+    return folder / f"{source.stem}-{hashlib.sha256(repr((name_of(source), flags)).encode()).hexdigest()[:20]}.files"
+
+
 def compile_object(source: Path, flags: list[str], folder: Path) -> Path:
-    source_name = str(source.relative_to(ROOT)) if source.is_relative_to(ROOT) else str(source)
-    known = folder / f"{source.stem}-{hashlib.sha256(repr((source_name, flags)).encode()).hexdigest()[:20]}.files"
+    source_name, known = name_of(source), record_of(source, flags, folder)
     if known.exists():
         files = known.read_text().split()
         if all((ROOT / x).exists() for x in files):
@@ -119,23 +127,33 @@ def compile_object(source: Path, flags: list[str], folder: Path) -> Path:
     return target
 
 
-def build(variant: Variant, program: str = "run", *, first_include: Path | None = None, sources=None) -> Path:
+def kernel_flags(variant: Variant, first_include: Path | None = None) -> list[str]:
+    includes = ["-Itests/emulator", *([f"-I{first_include}"] if first_include else []), "-Icsrc"]
+    return [*COMMON, *variant.kernel_flags, *variant.define, *includes]
+
+
+def depends_on(variant: Variant, source: Path, header: str) -> bool:
+    """Tell whether a source that has been built includes csrc/<header>."""
+    return f"csrc/{header}" in record_of(source, kernel_flags(variant), OUT / variant.name).read_text().split()
+
+
+def build(variant: Variant, program: str = "run", *, sources=None, instead: tuple[Path, str] | None = None) -> Path:
     """Return the path of an executable: tests/emulator/<program>.cpp, the runtime and the kernels.
 
-    first_include: a directory whose headers stand in for those of csrc.
     sources: the kernel sources, when not those of the variant; [] for a program that includes its own.
+    instead: (directory, header): the header in this directory stands in for csrc/<header>. Built without it before.
     """
     folder = OUT / variant.name
     folder.mkdir(parents=True, exist_ok=True)
     emulator = ROOT / "tests/emulator"
-    includes = ["-Itests/emulator", *([f"-I{first_include}"] if first_include else []), "-Icsrc"]
-    runtime = [*COMMON, *RUNTIME_ONLY, *variant.define, *includes]
-    kernels = [*COMMON, *variant.kernel_flags, *variant.define, *includes]
+    runtime = [*COMMON, *RUNTIME_ONLY, *variant.define, "-Itests/emulator", "-Icsrc"]
     if sources is None:
         sources = kernel_sources(variant.main_instances_only)
-    jobs = [(emulator / f"{x}.cpp", [*COMMON, *RUNTIME_ONLY, *variant.define, "-Itests/emulator"]) for x in RUNTIME]
-    jobs += [(emulator / f"{program}.cpp", runtime if sources else kernels)]
-    jobs += [(x, kernels) for x in sources]
+    jobs = [(emulator / f"{x}.cpp", runtime) for x in RUNTIME]
+    jobs += [(emulator / f"{program}.cpp", runtime if sources else kernel_flags(variant))]
+    for source in sources:
+        changed = instead is not None and depends_on(variant, source, instead[1])
+        jobs.append((source, kernel_flags(variant, instead[0] if changed else None)))
     with ThreadPoolExecutor(JOBS) as pool:
         objects = list(pool.map(lambda job: compile_object(*job, folder), jobs))
     names = hashlib.sha256(repr((objects, variant.link_flags)).encode()).hexdigest()[:20]
