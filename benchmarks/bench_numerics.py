@@ -69,27 +69,30 @@ def error_text(actual: torch.Tensor, expected: torch.Tensor) -> str:
 
 
 def compare(chosen: list[Way], regimes: list[str]) -> None:
-    """Print a line per way and regime as it is computed, then dw's error by decay."""
+    """Print a line per way and regime as it is computed, then y and dw by regime, and dw by decay."""
     print(f"torch {torch.__version__}, {COMPARED}, loss from y and state_out\n")
     names = ("y", "state_out", "dr", "dk", "dv", "dw", "du", "dstate")
     print(f"| data | way | dtype | {' | '.join(names)} |\n{'|---' * (len(names) + 3)}|")
-    by_decay = []
+    lines = {name: {} for name in ("y", "dw", "bins")}  # name -> way -> errors
     for regime in regimes:
         for way in chosen:
             inputs = make_inputs("6.0", **COMPARED, regime=regime, dtype=way.dtype)
             exact, actual = outputs_and_gradients(reference.wkv6, inputs.double()), way.run(inputs)
-            dtype = next(name for name, dtype in DTYPES.items() if dtype == way.dtype)
-            errors = [error_text(actual[name], exact[name]) for name in names]
-            print(f"| {regime} | {way.name} | {dtype} | {' | '.join(errors)} |", flush=True)
+            label = f"{way.name} | {next(name for name, dtype in DTYPES.items() if dtype == way.dtype)}"
+            errors = {name: error_text(actual[name], exact[name]) for name in names}
+            print(f"| {regime} | {label} | {' | '.join(errors.values())} |", flush=True)
+            for name in ("y", "dw"):
+                lines[name].setdefault(label, []).append(errors[name])
             if regime == "mixed":
                 log_decay = -torch.exp(inputs.w.double())
                 bins = [(log_decay > low) & (log_decay <= high) for low, high in LOG_DECAYS]
-                errors = [error_text(actual["dw"][here], exact["dw"][here]) for here in bins]
-                by_decay.append(f"| {way.name} | {dtype} | {' | '.join(errors)} |")
-    if by_decay:
-        bins = " | ".join(f"({low}, {high}]" for low, high in LOG_DECAYS)
-        print(f"\n| dw, data mixed; log of the decay in | dtype | {bins} |\n{'|---' * (len(LOG_DECAYS) + 2)}|")
-        print("\n".join(by_decay))
+                lines["bins"][label] = [error_text(actual["dw"][here], exact["dw"][here]) for here in bins]
+    heads = {"y": regimes, "dw": regimes, "bins": [f"({low}, {high}]" for low, high in LOG_DECAYS]}
+    for name, by_way in lines.items():
+        if by_way:
+            what = "dw, data mixed, where the log of the decay is in" if name == "bins" else name
+            print(f"\n| {what} | dtype | {' | '.join(heads[name])} |\n{'|---' * (len(heads[name]) + 2)}|")
+            print("\n".join(f"| {label} | {' | '.join(errors)} |" for label, errors in by_way.items()))
 
 
 def main() -> None:
