@@ -28,21 +28,67 @@ namespace rwkv {
 __device__ __forceinline__ int gradient_turn(int channel) { return (channel & 1) << 2 | (channel & 2); }
 __device__ __forceinline__ int key_turn(int channel) { return (channel & 3) << 1 | (channel & 1); }
 
-// Tile q of G as for_each_operand visits it. [channel g of the warp][value pair]{g and g + 8 of the first value, of the
-// second}
-template <int kSize>
-__device__ __forceinline__ void publish_gradient(char* to, int q, const float (&x)[4]) {
-  const int group = lane_index() / 4, member = lane_index() % 4;
-  const int piece = q / 2 * 8 + ((q % 2 * 4 + member) ^ gradient_turn(group));
-  store_shared(to + (group * (kSize / 2) + piece) * 16, make_float4(x[0], x[1], x[2], x[3]));
+// Byte offsets that every chunk needs and that depend on the lane alone; kept in shared memory, because registers are
+// scarce and computing them takes longer than loading them.
+struct LaneOffsets {
+  int gradient_out, keys_out, gradient_in, keys_in;  // exchange: own even tile of G, own first half of k~; read
+  int own_row, wide_row;                             // square_row at the warp's channels; wide_row
+  int result;                                        // dr and dk on their way out
+  int level;                                         // PairAddresses::lane_level
+
+  template <class Layout>
+  static __device__ __forceinline__ void put(const BackwardShared<Layout>& shared) {
+    constexpr int kRow = Layout::kSize / 2;  // pieces of a channel of G
+    const int group = lane_index() / 4, member = lane_index() % 4, warp = warp_index();
+    const int first[4] = {warp % Layout::kExchangeWarps * Layout::kGradientWarpBytes +
+                              (group * kRow + (member ^ gradient_turn(group))) * 16,
+                          warp * Layout::kKeyWarpBytes + (group * 8 + (2 * member ^ key_turn(group))) * 16,
+                          (member * kRow + 8 * warp + (group ^ gradient_turn(member))) * 16,
+                          (member * 8 + (group ^ key_turn(member))) * 16};
+    const int second[4] = {square_row<Layout::kPitch>() + 32 * warp, wide_row_offset<Layout>(),
+                           result_offset<Layout>(), PairAddresses<Layout>::lane_level()};
+    store_four(place(shared), first);
+    store_four(place(shared) + 16 * Layout::kThreads, second);
+  }
+  template <class Layout>
+  static __device__ __forceinline__ LaneOffsets get(const BackwardShared<Layout>& shared) {
+    const uint4 first = load_shared<uint4>(place(shared));
+    const uint4 second = load_shared<uint4>(place(shared) + 16 * Layout::kThreads);
+    const auto offset = [](uint32_t x) { return static_cast<int>(x); };
+    return {offset(first.x),  offset(first.y),  offset(first.z),  offset(first.w),
+            offset(second.x), offset(second.y), offset(second.z), offset(second.w)};
+  }
+
+ private:
+  template <class Layout>
+  static __device__ __forceinline__ char* place(const BackwardShared<Layout>& shared) {
+    return shared.lanes + 16 * thread_index();
+  }
+  template <class Layout>
+  static __device__ __forceinline__ int wide_row_offset() {
+    return ::rwkv::wide_row<Layout::kPitch>();
+  }
+  template <class Layout>
+  static __device__ __forceinline__ int result_offset() {
+    using Rows = WarpRows<typename Layout::Activation>;
+    return Rows::row() * Layout::kPitch + Rows::byte();
+  }
+  static __device__ __forceinline__ void store_four(char* to, const int (&x)[4]) {
+    store_shared(to, make_uint4(x[0], x[1], x[2], x[3]));
+  }
+};
+
+// Tile q of G as for_each_operand visits it, to gradient_out. [channel g of the warp][value pair]{g and g + 8 of the
+// first value, of the second}
+__device__ __forceinline__ void publish_gradient(char* gradient, int offset, int q, const float (&x)[4]) {
+  store_shared(gradient + (q % 2 ? offset ^ 64 : offset) + q / 2 * 128, make_float4(x[0], x[1], x[2], x[3]));
 }
 
-// [channel g of the warp][token pair]{g of both tokens, g + 8 of both tokens}
-__device__ __forceinline__ void publish_keys(char* to, const ChunkValues& k) {
-  const int group = lane_index() / 4, member = lane_index() % 4;
+// To keys_out. [channel g of the warp][token pair]{g of both tokens, g + 8 of both tokens}
+__device__ __forceinline__ void publish_keys(char* keys, int offset, const ChunkValues& k) {
   static_for<0, 2>([&](auto half) {
     constexpr int kFirst = 2 * half.value;
-    store_shared(to + (group * 8 + ((2 * member + half.value) ^ key_turn(group))) * 16,
+    store_shared(keys + (half.value ? offset ^ 16 : offset),
                  make_float4(round_tf32(k[0][kFirst]), round_tf32(k[0][kFirst + 1]), round_tf32(k[1][kFirst]),
                              round_tf32(k[1][kFirst + 1])));
   });
@@ -52,17 +98,13 @@ __device__ __forceinline__ void publish_keys(char* to, const ChunkValues& k) {
 struct ValueRows {
   float tile[2][4] = {};
 
-  // + k~ G over the key channels of the published warps.
+  // + k~ G over the key channels of the published warps; gradient and keys at gradient_in and keys_in.
   template <class Layout>
   __device__ __forceinline__ void add_keys(const char* gradient, const char* keys) {
-    const int group = lane_index() / 4, member = lane_index() % 4;
-    const char* const key = keys + (member * 8 + (group ^ key_turn(member))) * 16;
-    const char* const value =
-        gradient + (member * (Layout::kSize / 2) + 8 * warp_index() + (group ^ gradient_turn(member))) * 16;
     static_for<0, Layout::kExchangeWarps>([&](auto j) {
       static_for<0, 2>([&](auto s) {  // channels 4s + t and 4s + t + 8
-        const float4 k = load_shared<float4>(key + j.value * Layout::kKeyWarpBytes + s.value * 4 * 8 * 16);
-        const float4 b = load_shared<float4>(value + j.value * Layout::kGradientWarpBytes +
+        const float4 k = load_shared<float4>(keys + j.value * Layout::kKeyWarpBytes + s.value * 4 * 8 * 16);
+        const float4 b = load_shared<float4>(gradient + j.value * Layout::kGradientWarpBytes +
                                              s.value * 4 * (Layout::kSize / 2) * 16);
         const float a[4] = {k.x, k.y, k.z, k.w};
         mma_tf32(tile[0], a, b.x, b.y);
@@ -234,7 +276,7 @@ __global__ void __launch_bounds__(BackwardLayout<T, W, kSize, kConstantDecay>::k
       static_cast<const float*>(op.scores) +
       ((segment.row * heads + head) * op.shape.tokens + segment.item.first_token + last_chunk) * kTreeTokens +
       lane_index() % 4 * 2 * kTreeTokens + lane_index() / 4 * 2;
-  const PairAddresses<Layout> pairs(shared);
+  LaneOffsets::put(shared);
 
   for (int stage = last_stage; stage >= 0; stage -= Layout::kTokens) {
     const int before = stage % static_cast<int>(kChunkTokens);  // tokens since a kept state
@@ -289,11 +331,12 @@ __global__ void __launch_bounds__(BackwardLayout<T, W, kSize, kConstantDecay>::k
       advance_over(states[1], states[0], pair);
       static_for<1, -1, -1>([&](auto which) {
         const int chunk = pair + which.value, tokens_left = stage_tokens - chunk * kTreeTokens;
-        const int rows = chunk * kTreeTokens * kPitch, own_row = square_row<kPitch>() + rows + 32 * warp;
+        const LaneOffsets lane = LaneOffsets::get(shared);
+        const int rows = chunk * kTreeTokens * kPitch, own_row = lane.own_row + rows;
         char* const w_rows = shared.w + chunk * kTreeTokens * Layout::kDecayPitch;
         float dr[2][4], dk[2][4];
         RowProducts inner;
-        contract<T, kPitch>(dr, states[which.value], shared.dy + rows + wide_row<kPitch>(),
+        contract<T, kPitch>(dr, states[which.value], shared.dy + rows + lane.wide_row,
                             [&](int q, const float (&x)[4]) { inner.add<T>(q, x, gradient.tile[q]); });
         const float inner_sums[2] = {inner.sum(0), inner.sum(1)};
 
@@ -317,28 +360,30 @@ __global__ void __launch_bounds__(BackwardLayout<T, W, kSize, kConstantDecay>::k
         to_border(reads, r_scaled.quad, factors.sibling_before, factors.octet_before);
         to_border(keys, k_scaled.quad, factors.sibling_after, factors.octet_after);
 
-        char* const published = shared.gradient + warp % Layout::kExchangeWarps * Layout::kGradientWarpBytes;
-        publish_keys(shared.keys + warp * Layout::kKeyWarpBytes, keys);
-        contract<T, kPitch>(dk, gradient, shared.v + rows + wide_row<kPitch>(), [&](int q, const float (&x)[4]) {
-          if (Layout::kExchangeRounds == 1 || warp < Layout::kExchangeWarps)
-            publish_gradient<kSize>(published, q, x);
+        const auto publish = [&](int q, const float (&x)[4]) {
+          publish_gradient(shared.gradient, lane.gradient_out, q, x);
+        };
+        publish_keys(shared.keys, lane.keys_out, keys);
+        contract<T, kPitch>(dk, gradient, shared.v + rows + lane.wide_row, [&](int q, const float (&x)[4]) {
+          if (Layout::kExchangeRounds == 1 || warp < Layout::kExchangeWarps) publish(q, x);
         });
         ValueRows dv;
         static_for<0, Layout::kExchangeRounds>([&](auto round) {
           block_barrier();  // G of this round's warps is there, and k~
-          dv.add_keys<Layout>(shared.gradient,
-                              shared.keys + round.value * Layout::kExchangeWarps * Layout::kKeyWarpBytes);
+          dv.add_keys<Layout>(
+              shared.gradient + lane.gradient_in,
+              shared.keys + lane.keys_in + round.value * Layout::kExchangeWarps * Layout::kKeyWarpBytes);
           block_barrier();  // everyone has read them
           if (round.value + 1 < Layout::kExchangeRounds && warp / Layout::kExchangeWarps == round.value + 1)
-            for_each_operand<T>(gradient,
-                                [&](int q, const float (&x)[4]) { publish_gradient<kSize>(published, q, x); });
+            for_each_operand<T>(gradient, publish);
         });
         dv.add_scores<T, kPitch>(chunk_scores, shared.dy + rows);
         dv.store<T>(dv_rows.at, dv_rows.row_bytes, tokens_left);
-        advance(gradient, gradient, decay.whole, TokenOperand<T>(reads), shared.dy + rows + square_row<kPitch>());
+        advance(gradient, gradient, decay.whole, TokenOperand<T>(reads), shared.dy + own_row - 32 * warp);
 
         ChunkGradients gradients;
-        chunk_gradients(gradients, dr, dk, inner_sums, r, k, r_scaled, k_scaled, decay, factors, place, pairs, chunk);
+        chunk_gradients(gradients, dr, dk, inner_sums, r, k, r_scaled, k_scaled, decay, factors, place,
+                        PairAddresses<Layout>(shared, chunk, lane.level));
         add_near_pairs(gradients, du, r, k, u, shared, chunk);
 
         warp_barrier();  // all lanes have their r, k and w of this chunk, and dr, dk and dw may take the place
@@ -352,10 +397,14 @@ __global__ void __launch_bounds__(BackwardLayout<T, W, kSize, kConstantDecay>::k
         else
           store_decay_gradient<Layout>(w_rows, gradients.dlogw, decay.exponent);
         warp_barrier();  // all lanes' dr, dk and dw are there
-        Rows::store(dr_rows.at, dr_rows.row_bytes, shared.r + rows, kPitch, tokens_left);
-        Rows::store(dk_rows.at, dk_rows.row_bytes, shared.k + rows, kPitch, tokens_left);
+        Rows::store(dr_rows.at, dr_rows.row_bytes, shared.r + rows + lane.result, kPitch, tokens_left);
+        Rows::store(dk_rows.at, dk_rows.row_bytes, shared.k + rows + lane.result, kPitch, tokens_left);
         if constexpr (!kConstantDecay)
-          DecayRows::store(dw_rows.at, dw_rows.row_bytes, w_rows, Layout::kDecayPitch, tokens_left);
+          DecayRows::store(dw_rows.at, dw_rows.row_bytes,
+                           w_rows + (sizeof(T) == sizeof(W) ? lane.result
+                                                            : DecayRows::row() * Layout::kDecayPitch +
+                                                                  DecayRows::byte()),
+                           Layout::kDecayPitch, tokens_left);
         dr_rows.previous_chunk(), dk_rows.previous_chunk(), dw_rows.previous_chunk(), dv_rows.previous_chunk();
         scores -= kTreeTokens * kTreeTokens;
       });

@@ -40,9 +40,9 @@ struct BackwardLayout {
   static constexpr int kRowsBytes = kTokens * kPitch;
   static constexpr int kDecayRowsBytes = kConstantDecay ? 0 : kTokens * kDecayPitch;
 
-  // Scores of pairs of tokens, B = dy v^T: [chunk][half of the first token][lane] 16 bytes, and as many zeros.
+  // Scores of pairs of tokens, B = dy v^T: [chunk][half of the first token][lane] 16 bytes, and zeros.
   static constexpr int kPairBytes = 2 * 32 * 16;
-  static constexpr int kZeroBytes = kChunks * kPairBytes - kPairBytes / 2 + 16;
+  static constexpr int kZeroBytes = kPairBytes / 2 + 16;
   static constexpr int kNearBytes = 4 * 8 * 4;  // [quad][8]: pairs within two tokens and the diagonal, per chunk
 
   // What warps exchange for dv: G of up to four warps, and k~.
@@ -73,7 +73,8 @@ struct BackwardLayout {
   static constexpr int kNear = kZeros + kZeroBytes;
   static constexpr int kPlaces = kNear + kChunks * kNearBytes;
   static constexpr int kPlacesBytes = 8 * 8;
-  static constexpr int kScratch = kPlaces + kPlacesBytes;
+  static constexpr int kLanes = kPlaces + kPlacesBytes;
+  static constexpr int kScratch = kLanes + kThreads * 32;
   static constexpr int kSharedBytes = kScratch + kScratchBytes;
 };
 
@@ -92,6 +93,7 @@ struct BackwardShared {
   char *r, *dy, *k, *v, *w;  // rows of the stage; dr, dk and dw take the place of r, k and w
   char *pairs, *zeros, *near;
   BackwardPlaces<typename Layout::Activation, typename Layout::Decay>* places;
+  char* lanes;                                // LaneOffsets of every thread
   char *state, *gradient, *keys;              // exchange
   char *k_before, *v_before, *w_before;       // the same place, earlier
 
@@ -107,6 +109,7 @@ struct BackwardShared {
     near = shared_array<char>(Layout::kNear, Layout::kChunks * Layout::kNearBytes);
     places = shared_array<std::remove_pointer_t<decltype(places)>>(Layout::kPlaces, 1);
     static_assert(sizeof(*places) == Layout::kPlacesBytes);
+    lanes = shared_array<char>(Layout::kLanes, Layout::kThreads * 32);
     char* const scratch = shared_array<char>(Layout::kScratch, Layout::kScratchBytes);
     state = scratch;
     gradient = state + Layout::kStateBytes;

@@ -59,10 +59,9 @@ struct WarpRows {
   static __device__ __forceinline__ int byte() {
     return 16 * warp_index() * static_cast<int>(sizeof(E)) + lane_index() % kPieces * 16;
   }
-  // From shared to global memory.
-  static __device__ __forceinline__ void store(char* to, int64_t row_bytes, const char* rows, int pitch,
+  // From shared to global memory; from: the lane's place.
+  static __device__ __forceinline__ void store(char* to, int64_t row_bytes, const char* from, int pitch,
                                                int tokens_left) {
-    const char* const from = rows + row() * pitch + byte();
     static_for<0, kTreeTokens / kRowsAtOnce>([&](auto n) {
       constexpr int kRow = n.value * kRowsAtOnce;
       const uint4 piece = load_shared<uint4>(from + kRow * pitch);

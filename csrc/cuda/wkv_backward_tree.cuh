@@ -135,17 +135,21 @@ struct LevelFactors {
 // single level and order. A product over the pairs of one level and order reads zeros in all other lanes.
 template <class Layout>
 struct PairAddresses {
-  const char *level1, *level2_before, *level2_after, *level3_before, *level3_after;  // of chunk 0
+  const char *level1, *level2_before, *level2_after, *level3_before, *level3_after;
 
-  __device__ __forceinline__ explicit PairAddresses(const BackwardShared<Layout>& shared) {
+  // One bit says which of the five is the lane's.
+  static __device__ __forceinline__ int lane_level() {
     const int first = lane_index() % 4, second = lane_index() / 8, apart = first ^ second;
-    const char* const own = shared.pairs + lane_index() * 16;
-    const auto where = [&](bool match) { return match ? own : shared.zeros; };
-    level1 = where(apart == 0);
-    level2_before = where(apart == 1 && first < second);
-    level2_after = where(apart == 1 && first > second);
-    level3_before = where(apart > 1 && first < second);
-    level3_after = where(apart > 1 && first > second);
+    return 1 << (apart == 0 ? 0 : 2 * (apart > 1) + 1 + (first > second));
+  }
+  __device__ __forceinline__ PairAddresses(const BackwardShared<Layout>& shared, int chunk, int lane_level) {
+    const char* const own = shared.pairs + chunk * Layout::kPairBytes + lane_index() * 16;
+    const auto where = [&](int level) { return lane_level & 1 << level ? own : shared.zeros; };
+    level1 = where(0);
+    level2_before = where(1);
+    level2_after = where(2);
+    level3_before = where(3);
+    level3_after = where(4);
   }
 };
 
@@ -213,10 +217,8 @@ __device__ __forceinline__ void chunk_gradients(ChunkGradients& gradients, float
                                                 const float (&inner)[2], const ChunkValues& r, const ChunkValues& k,
                                                 const QuadOperand& r_scaled, const QuadOperand& k_scaled,
                                                 const ChunkDecay& decay, const LevelFactors& factors,
-                                                const QuadPlace& place, const PairAddresses<Layout>& pairs,
-                                                int chunk) {
+                                                const QuadPlace& place, const PairAddresses<Layout>& pairs) {
   using T = typename Layout::Activation;
-  const int chunk_pairs = chunk * Layout::kPairBytes;
   const auto multiply = [](float (&x)[2][4], const float (&by)[2]) {
     static_for<0, 8>([&](auto i) { x[i.value / 4][i.value % 4] *= by[i.value % 4 / 2]; });
   };
@@ -237,15 +239,15 @@ __device__ __forceinline__ void chunk_gradients(ChunkGradients& gradients, float
   multiply(dr, factors.octet_before);
   multiply(dk, factors.octet_after);
   scale(climbed, k_scaled.quad, factors.sibling_after);
-  add_level<T>(dr, climbed, pairs.level3_before + chunk_pairs);
+  add_level<T>(dr, climbed, pairs.level3_before);
   scale(climbed, r_scaled.quad, factors.sibling_before);
-  add_level<T>(dk, climbed, pairs.level3_after + chunk_pairs);
+  add_level<T>(dk, climbed, pairs.level3_after);
   quad_sum(r_octet, r_scaled.quad, dr);
   quad_sum(k_octet, k_scaled.quad, dk);
   multiply(dr, factors.sibling_before);
   multiply(dk, factors.sibling_after);
-  add_level<T>(dr, k_scaled.quad, pairs.level2_before + chunk_pairs);
-  add_level<T>(dk, r_scaled.quad, pairs.level2_after + chunk_pairs);
+  add_level<T>(dr, k_scaled.quad, pairs.level2_before);
+  add_level<T>(dk, r_scaled.quad, pairs.level2_after);
 
   // What the tokens of other quads and the world outside the chunk add to dlogw of all four tokens here.
   float common[2];
@@ -276,8 +278,8 @@ __device__ __forceinline__ void chunk_gradients(ChunkGradients& gradients, float
     r_pair[c.value] = tf32_operand<T>(rp[0]), r_pair[c.value + 2] = tf32_operand<T>(rp[1]);
     k_pair[c.value] = tf32_operand<T>(kp[0]), k_pair[c.value + 2] = tf32_operand<T>(kp[1]);
   });
-  const float2 to_second = load_shared<float2>(pairs.level1 + chunk_pairs + 8);
-  const float2 to_first = load_shared<float2>(pairs.level1 + chunk_pairs + 512);
+  const float2 to_second = load_shared<float2>(pairs.level1 + 8);
+  const float2 to_first = load_shared<float2>(pairs.level1 + 512);
   mma_tf32(dr[1], k_pair, to_second.x, to_second.y);
   mma_tf32(dk[0], r_pair, to_first.x, to_first.y);
   static_for<0, 2>([&](auto c) {
