@@ -140,8 +140,9 @@ struct ValueRows {
   }
 };
 
-// A of a chunk as add_scores wants it; from: row 2t, column 2g. dy is 0 past the end, so any row will do there.
-__device__ __forceinline__ void load_scores(float2 (&scores)[2][2], const float* from, int tokens_left) {
+// A of a chunk as add_scores wants it. dy is 0 past the end, so any row will do there.
+__device__ __forceinline__ void load_scores(float2 (&scores)[2][2], const float* chunk, int tokens_left) {
+  const float* const from = chunk + lane_index() % 4 * 2 * kTreeTokens + lane_index() / 4 * 2;
   const auto load = [&](int last) {
     static_for<0, 4>([&](auto i) {
       constexpr int kRow = 8 * (i.value / 2) + i.value % 2;
@@ -259,9 +260,15 @@ __global__ void __launch_bounds__(BackwardLayout<T, W, kSize, kConstantDecay>::k
     store_shared(&places.dstate, op.dstate && segment.is_first()
                                      ? matrix_of(static_cast<float*>(op.dstate), segment.item.sequence)
                                      : nullptr);
+    store_shared(&places.scores,
+                 static_cast<const float*>(op.scores) +
+                     ((segment.row * heads + head) * op.shape.tokens + segment.item.first_token) * kTreeTokens);
+    store_shared(&places.tokens, segment.item.tokens);
     store_shared(&places.sums, (segment.slot * heads + head) * kSize);
   }
+
   const auto place_of = [](auto* field) { return load_shared<std::remove_pointer_t<decltype(field)>>(field); };
+
   // The chunk in hand goes from the last one of the last stage to the first.
   const int last_stage = tokens > 0 ? (tokens - 1) / Layout::kTokens * Layout::kTokens : -1;
   const int last_chunk = last_stage + Layout::kTokens - kTreeTokens;
@@ -272,21 +279,19 @@ __global__ void __launch_bounds__(BackwardLayout<T, W, kSize, kConstantDecay>::k
   OutputRows<W> dw_rows(op.dw, segment, head, last_chunk, DecayRows::row(), DecayRows::byte());
   OutputRows<T> dv_rows(op.dv, segment, head, last_chunk, lane_index() / 4 * 2,
                         2 * (16 * warp + lane_index() % 4 * 4));
-  const float* scores =
-      static_cast<const float*>(op.scores) +
-      ((segment.row * heads + head) * op.shape.tokens + segment.item.first_token + last_chunk) * kTreeTokens +
-      lane_index() % 4 * 2 * kTreeTokens + lane_index() / 4 * 2;
   LaneOffsets::put(shared);
 
   for (int stage = last_stage; stage >= 0; stage -= Layout::kTokens) {
     const int before = stage % static_cast<int>(kChunkTokens);  // tokens since a kept state
-    const int stage_tokens = tokens - stage < Layout::kTokens ? tokens - stage : Layout::kTokens;
     block_barrier();  // everyone is done with the rows of the stage after this one, and knows the places
+    const int tokens_here = static_cast<int>(place_of(&shared.places->tokens)) - stage;
+    const int stage_tokens = tokens_here < Layout::kTokens ? tokens_here : Layout::kTokens;
     const auto copy_state_rows = [&](char* k, char* v, char* w, int token, int wanted) {
       copy_stage<Layout, T, kPitch>(k, place_of(&shared.places->k), op.k.token_stride, token, wanted);
       copy_stage<Layout, T, kPitch>(v, place_of(&shared.places->v), op.v.token_stride, token, wanted);
       if constexpr (!kConstantDecay)
-        copy_stage<Layout, W, Layout::kDecayPitch>(w, place_of(&shared.places->w), op.w.token_stride, token, wanted, no_decay<W>());
+        copy_stage<Layout, W, Layout::kDecayPitch>(w, place_of(&shared.places->w), op.w.token_stride, token, wanted,
+                                                   no_decay<W>());
     };
 #pragma unroll 1
     for (int past = 0; past < before; past += Layout::kTokens)
@@ -294,7 +299,8 @@ __global__ void __launch_bounds__(BackwardLayout<T, W, kSize, kConstantDecay>::k
                       shared.w_before + past * Layout::kDecayPitch, stage - before + past, Layout::kTokens);
     copy_state_rows(shared.k, shared.v, shared.w, stage, stage_tokens);
     copy_stage<Layout, T, kPitch>(shared.r, place_of(&shared.places->r), op.r.token_stride, stage, stage_tokens);
-    if (op.dy.data) copy_stage<Layout, T, kPitch>(shared.dy, place_of(&shared.places->dy), op.dy.token_stride, stage, stage_tokens);
+    if (op.dy.data)
+      copy_stage<Layout, T, kPitch>(shared.dy, place_of(&shared.places->dy), op.dy.token_stride, stage, stage_tokens);
     commit_copies();
     KeyRows<kSize> state;
     state.load(place_of(&shared.places->states) + stage / kChunkTokens * heads * (kSize * kSize));
@@ -341,7 +347,8 @@ __global__ void __launch_bounds__(BackwardLayout<T, W, kSize, kConstantDecay>::k
         const float inner_sums[2] = {inner.sum(0), inner.sum(1)};
 
         float2 chunk_scores[2][2];
-        load_scores(chunk_scores, scores, tokens_left);
+        load_scores(chunk_scores, place_of(&shared.places->scores) + (stage + chunk * kTreeTokens) * kTreeTokens,
+                    tokens_left);
 
         ChunkDecay decay;
         ChunkValues r, k;
@@ -406,7 +413,6 @@ __global__ void __launch_bounds__(BackwardLayout<T, W, kSize, kConstantDecay>::k
                                                                   DecayRows::byte()),
                            Layout::kDecayPitch, tokens_left);
         dr_rows.previous_chunk(), dk_rows.previous_chunk(), dw_rows.previous_chunk(), dv_rows.previous_chunk();
-        scores -= kTreeTokens * kTreeTokens;
       });
     }
   }

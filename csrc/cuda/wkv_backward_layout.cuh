@@ -72,7 +72,7 @@ struct BackwardLayout {
   static constexpr int kZeros = kPairs + kChunks * kPairBytes;
   static constexpr int kNear = kZeros + kZeroBytes;
   static constexpr int kPlaces = kNear + kChunks * kNearBytes;
-  static constexpr int kPlacesBytes = 8 * 8;
+  static constexpr int kPlacesBytes = 10 * 8;
   static constexpr int kLanes = kPlaces + kPlacesBytes;
   static constexpr int kScratch = kLanes + kThreads * 32;
   static constexpr int kSharedBytes = kScratch + kScratchBytes;
@@ -84,8 +84,10 @@ struct BackwardPlaces {
   const T *r, *k, *v, *dy;  // the segment's first token
   const W* w;
   const float* states;  // the first one kept
+  const float* scores;  // of the segment's first token
   float* dstate;        // nullptr: not wanted
   int64_t sums;         // of the block's channels in du_partial and dw_partial
+  int64_t tokens;
 };
 
 template <class Layout>
