@@ -322,7 +322,8 @@ __global__ void __launch_bounds__(BackwardLayout<T, W, kSize, kConstantDecay>::k
                                    shared.v + chunk * kTreeTokens * kPitch);
     block_barrier();  // B of all chunks is there
 
-    // Chunks in pairs: the state before the first is kept, the state before the second follows from it.
+    // Chunks in pairs: the state before the second follows from the state before the first, which is kept; or read
+    // again, in heads of 128, where registers are scarcer and there is one pair.
 #pragma unroll 1
     for (int pair = Layout::kChunks - 2; pair >= 0; pair -= 2) {
       const auto advance_over = [&](KeyRows<kSize>& next, const KeyRows<kSize>& from, int chunk) {
@@ -336,6 +337,7 @@ __global__ void __launch_bounds__(BackwardLayout<T, W, kSize, kConstantDecay>::k
       for (int chunk = 0; chunk < pair; ++chunk) advance_over(states[0], states[0], chunk);
       advance_over(states[1], states[0], pair);
       static_for<1, -1, -1>([&](auto which) {
+        if constexpr (which.value == 0 && Layout::kChunks == 2) states[0].get(shared.state);
         const int chunk = pair + which.value, tokens_left = stage_tokens - chunk * kTreeTokens;
         const LaneOffsets lane = LaneOffsets::get(shared);
         const int rows = chunk * kTreeTokens * kPitch, own_row = lane.own_row + rows;
