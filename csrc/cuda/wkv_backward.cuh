@@ -281,9 +281,9 @@ __global__ void __launch_bounds__(BackwardLayout<T, W, kSize, kConstantDecay>::k
                         2 * (16 * warp + lane_index() % 4 * 4));
   LaneOffsets::put(shared);
 
+  block_barrier();  // the places are there, and zeros where they are needed
   for (int stage = last_stage; stage >= 0; stage -= Layout::kTokens) {
     const int before = stage % static_cast<int>(kChunkTokens);  // tokens since a kept state
-    block_barrier();  // everyone is done with the rows of the stage after this one, and knows the places
     const int tokens_here = static_cast<int>(place_of(&shared.places->tokens)) - stage;
     const int stage_tokens = tokens_here < Layout::kTokens ? tokens_here : Layout::kTokens;
     const auto copy_state_rows = [&](char* k, char* v, char* w, int token, int wanted) {
@@ -417,6 +417,7 @@ __global__ void __launch_bounds__(BackwardLayout<T, W, kSize, kConstantDecay>::k
         dr_rows.previous_chunk(), dk_rows.previous_chunk(), dw_rows.previous_chunk(), dv_rows.previous_chunk();
       });
     }
+    block_barrier();  // everyone is done with the rows of this stage
   }
 
   const float one[2] = {1.f, 1.f};
