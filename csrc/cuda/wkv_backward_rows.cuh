@@ -49,6 +49,27 @@ __device__ __forceinline__ void copy_stage(char* to, const E* start, int64_t tok
 
 // ---- outputs: a chunk at a time, by each warp its 16 channels ----
 
+// dw of a chunk takes the place of w.
+template <class Layout>
+__device__ __forceinline__ void store_decay_gradient(char* rows, const ChunkValues& dlogw,
+                                                     const ChunkValues& exponent) {
+  using W = typename Layout::Decay;
+  ChunkValues dw;
+  static_for<0, 8>([&](auto i) {
+    dw[i.value / 4][i.value % 4] =
+        decay_gradient(exponent[i.value / 4][i.value % 4], dlogw[i.value / 4][i.value % 4]);
+  });
+  if constexpr (sizeof(W) == 2) {
+    store_chunk<W>(rows + square_row<Layout::kDecayPitch>() + 32 * warp_index(), dw);
+  } else {
+    char* const own =
+        rows + lane_index() % 4 * 4 * Layout::kDecayPitch + 4 * (16 * warp_index() + lane_index() / 4);
+    static_for<0, 8>([&](auto i) {
+      store_shared(own + i.value % 4 * Layout::kDecayPitch + i.value / 4 * 32, dw[i.value / 4][i.value % 4]);
+    });
+  }
+}
+
 // A lane's 16 bytes of a row, and its rows.
 template <class E>
 struct WarpRows {
@@ -59,7 +80,8 @@ struct WarpRows {
   static __device__ __forceinline__ int byte() {
     return 16 * warp_index() * static_cast<int>(sizeof(E)) + lane_index() % kPieces * 16;
   }
-  // From shared to global memory; from: the lane's place.
+  static __device__ __forceinline__ int place(int pitch) { return row() * pitch + byte(); }
+  // From shared to global memory.
   static __device__ __forceinline__ void store(char* to, int64_t row_bytes, const char* from, int pitch,
                                                int tokens_left) {
     static_for<0, kTreeTokens / kRowsAtOnce>([&](auto n) {

@@ -108,6 +108,10 @@ __device__ __forceinline__ void scale(ChunkValues& x, const ChunkValues& y, cons
     x[i.value / 4][i.value % 4] = y[i.value / 4][i.value % 4] * by[i.value / 4];
   });
 }
+__device__ __forceinline__ void scale(ChunkValues& x, const ChunkValues& y, const float (&a)[2], const float (&b)[2]) {
+  const float both[2] = {a[0] * b[0], a[1] * b[1]};
+  scale(x, y, both);
+}
 
 // Where the lane's quad is in its octet and in the chunk, and the factors that follow from it.
 struct QuadPlace {
@@ -132,25 +136,34 @@ struct LevelFactors {
 // ---- scores of pairs of tokens ----
 
 // A lane of a fragment of B stands for one quad of first tokens (t) and one of second tokens (g / 2), so for pairs of a
-// single level and order. A product over the pairs of one level and order reads zeros in all other lanes.
+// single level and order.
+enum PairKind { kLevel1, kLevel2Before, kLevel2After, kLevel3Before, kLevel3After };  // where the first token is
+
+struct PairPlace {
+  int bits;  // below 16: the lane's offset in a fragment; above: a bit for each kind, one of them set
+
+  static __device__ __forceinline__ int of_lane() {
+    const int first = lane_index() % 4, second = lane_index() / 8, apart = first ^ second;
+    const int before = apart > 1 ? kLevel3Before : kLevel2Before;
+    const int kind = apart == 0 ? kLevel1 : before + (first > second);
+    return lane_index() * 16 | 0x10000 << kind;
+  }
+  __device__ __forceinline__ int offset() const { return bits & 0xffff; }
+  __device__ __forceinline__ bool is(PairKind kind) const { return bits & 0x10000 << kind; }
+  __device__ __forceinline__ bool first_is_before() const {
+    return bits & (0x10000 << kLevel2Before | 0x10000 << kLevel3Before);
+  }
+};
+
+// Where a lane finds the pairs of one kind: zeros, if they are not its own.
 template <class Layout>
 struct PairAddresses {
-  const char *level1, *level2_before, *level2_after, *level3_before, *level3_after;
+  const char *own, *zeros;
+  PairPlace place;
 
-  // One bit says which of the five is the lane's.
-  static __device__ __forceinline__ int lane_level() {
-    const int first = lane_index() % 4, second = lane_index() / 8, apart = first ^ second;
-    return 1 << (apart == 0 ? 0 : 2 * (apart > 1) + 1 + (first > second));
-  }
-  __device__ __forceinline__ PairAddresses(const BackwardShared<Layout>& shared, int chunk, int lane_level) {
-    const char* const own = shared.pairs + chunk * Layout::kPairBytes + lane_index() * 16;
-    const auto where = [&](int level) { return lane_level & 1 << level ? own : shared.zeros; };
-    level1 = where(0);
-    level2_before = where(1);
-    level2_after = where(2);
-    level3_before = where(3);
-    level3_after = where(4);
-  }
+  __device__ __forceinline__ PairAddresses(const BackwardShared<Layout>& shared, int chunk, PairPlace place)
+      : own(shared.pairs + chunk * Layout::kPairBytes + place.offset()), zeros(shared.zeros), place(place) {}
+  __device__ __forceinline__ const char* of(PairKind kind) const { return place.is(kind) ? own : zeros; }
 };
 
 // sum[h][2c + e] += sum over the tokens of the level x[channel c][.] B[.][token 2h + e]
@@ -167,11 +180,11 @@ __device__ __forceinline__ void add_level(float (&sum)[2][4], const ChunkValues&
 
 // B of one chunk, symmetric, in the order that add_level reads: [half of the first token][lane]{second token in half 0,
 // in half 1}. Also, exactly, what lies within two tokens: [quad]{B_10, B_11, B_32, B_33, B_00, B_22}.
-// dy, v: the chunk's rows.
 template <class T, class Layout>
-__device__ __forceinline__ void store_pair_scores(const BackwardShared<Layout>& shared, int chunk, const char* dy,
-                                                  const char* v) {
-  const int lane = lane_index(), first = lane % 4, second = lane / 8;
+__device__ __forceinline__ void store_pair_scores(const BackwardShared<Layout>& shared, int chunk,
+                                                  PairPlace place) {
+  const char* const dy = shared.dy + chunk * kTreeTokens * Layout::kPitch;
+  const char* const v = shared.v + chunk * kTreeTokens * Layout::kPitch;
   float of_dy[2][4] = {}, of_v[2][4] = {};  // dy v^T and v dy^T; [h][2i + e]: row in half i, column 2h + e of the quad
   static_for<0, Layout::kSize / 16>([&](auto s) {
     uint32_t dy_first[4], dy_second[4], v_first[4], v_second[4];
@@ -187,18 +200,18 @@ __device__ __forceinline__ void store_pair_scores(const BackwardShared<Layout>& 
   });
   // B is dy of the later token times v of the earlier one. In a lane's own quad, half 0 is earlier than half 1; what
   // is within a half there, level 1 does not read.
-  char* const to = shared.pairs + chunk * Layout::kPairBytes + lane * 16;
+  char* const to = shared.pairs + chunk * Layout::kPairBytes + place.offset();
   static_for<0, 2>([&](auto half) {
     float b[4];
     static_for<0, 4>([&](auto e) {
-      const bool first_is_earlier = half.value < e.value / 2 ? first <= second : first < second;
+      const bool first_is_earlier = place.first_is_before() || (half.value < e.value / 2 && place.is(kLevel1));
       b[e.value] = round_tf32(first_is_earlier ? of_dy[half.value][e.value] : of_v[half.value][e.value]);
     });
     store_shared(to + half.value * 512, make_float4(b[0], b[1], b[2], b[3]));
   });
-  char* const near = shared.near + chunk * Layout::kNearBytes + first * 32;
-  if (first == second) {
-    if (lane & 4)
+  char* const near = shared.near + chunk * Layout::kNearBytes + place.offset() / 16 % 4 * 32;
+  if (place.is(kLevel1)) {
+    if (place.offset() & 4 * 16)
       store_shared(near, make_float4(of_dy[0][0], of_dy[0][1], of_dy[1][2], of_dy[1][3]));
     else
       store_shared(near + 16, make_float2(of_dy[0][0], of_dy[1][2]));
@@ -239,15 +252,15 @@ __device__ __forceinline__ void chunk_gradients(ChunkGradients& gradients, float
   multiply(dr, factors.octet_before);
   multiply(dk, factors.octet_after);
   scale(climbed, k_scaled.quad, factors.sibling_after);
-  add_level<T>(dr, climbed, pairs.level3_before);
+  add_level<T>(dr, climbed, pairs.of(kLevel3Before));
   scale(climbed, r_scaled.quad, factors.sibling_before);
-  add_level<T>(dk, climbed, pairs.level3_after);
+  add_level<T>(dk, climbed, pairs.of(kLevel3After));
   quad_sum(r_octet, r_scaled.quad, dr);
   quad_sum(k_octet, k_scaled.quad, dk);
   multiply(dr, factors.sibling_before);
   multiply(dk, factors.sibling_after);
-  add_level<T>(dr, k_scaled.quad, pairs.level2_before);
-  add_level<T>(dk, r_scaled.quad, pairs.level2_after);
+  add_level<T>(dr, k_scaled.quad, pairs.of(kLevel2Before));
+  add_level<T>(dk, r_scaled.quad, pairs.of(kLevel2After));
 
   // What the tokens of other quads and the world outside the chunk add to dlogw of all four tokens here.
   float common[2];
@@ -278,8 +291,8 @@ __device__ __forceinline__ void chunk_gradients(ChunkGradients& gradients, float
     r_pair[c.value] = tf32_operand<T>(rp[0]), r_pair[c.value + 2] = tf32_operand<T>(rp[1]);
     k_pair[c.value] = tf32_operand<T>(kp[0]), k_pair[c.value + 2] = tf32_operand<T>(kp[1]);
   });
-  const float2 to_second = load_shared<float2>(pairs.level1 + 8);
-  const float2 to_first = load_shared<float2>(pairs.level1 + 512);
+  const float2 to_second = load_shared<float2>(pairs.of(kLevel1) + 8);
+  const float2 to_first = load_shared<float2>(pairs.of(kLevel1) + 512);
   mma_tf32(dr[1], k_pair, to_second.x, to_second.y);
   mma_tf32(dk[0], r_pair, to_first.x, to_first.y);
   static_for<0, 2>([&](auto c) {
