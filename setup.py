@@ -78,7 +78,7 @@ def ops_extension():
     files = [file for file in sources("*.cpp", "cpu/*.cpp") if not file.startswith("csrc/native")]
     folders, libraries = [], []
     macros = {"TORCH_TARGET_VERSION": "0x020b000000000000"}  # torch 2.11: one binary for every later one
-    nvcc = ["-std=c++20", "-lineinfo", *OPTIMISE]
+    nvcc = ["-std=c++20", "-lineinfo", "-Xfatbin=-compress-all", *OPTIMISE]
     if toolkit := choose_cuda():
         cpp_extension.CUDA_HOME, folder, version = toolkit
         # This process only: lets BuildExtension track the headers of .cu files beside a CPU-only torch.

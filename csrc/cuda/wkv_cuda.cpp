@@ -28,7 +28,9 @@ void* current_stream(const char* op, int32_t device) {
 class Device {
  public:
   Device(const char* op, const Tensor& like, int64_t head_size)
-      : op_(op), like_(like), stream_(checked_stream(op, like, head_size)), guard_(like.get_device_index()) {}
+      : op_(op), like_(like), stream_(checked_stream(op, like, head_size)), guard_(like.get_device_index()) {
+    check(set_cuda_device(like.get_device_index()));
+  }
 
   void* stream() const { return stream_; }
 

@@ -40,6 +40,10 @@ struct WkvPlan {
 // kernels also every row of r, k, v, w (if [B, T, H, N]), dy and the outputs. Recurrent kernels take any rows.
 inline constexpr int64_t kVectorAlignment = 16;
 
+// Makes a device the current one of this thread. The library has a CUDA runtime of its own, which goes by the context
+// that torch made current, but a thread may have none yet.
+int set_cuda_device(int index);
+
 int plan_wkv_forward(const WkvForwardParams& params, const WkvForced& forced, WkvPlan& plan);
 int launch_wkv_forward(const WkvForwardParams& params, const WkvPlan& plan, void* workspace, void* stream);
 
