@@ -47,15 +47,14 @@ struct BackwardBlock {
   float u[2], constant_exponent[2] = {0.f, 0.f};  // of the lane's channels
   float du[2] = {0.f, 0.f}, dlogw_sum[2] = {0.f, 0.f};
   KeyRows<kSize> gradient;  // G after the chunk in hand
-  int last_stage;           // its first token; -1: there are no tokens
-  OutputRows<T> dr, dk, dv;  // of the chunk in hand, at first the last one of the last stage
+  int last_token, last_stage;  // and the stage's first token; negative: there are none
+  OutputRows<T> dr, dk, dv;    // of the chunk in hand, at first the second one of the last pair
   OutputRows<W> dw;
 
   __device__ __forceinline__ BackwardBlock(const BackwardTask& task, const Segment& segment, int64_t head)
       : op(task.op),
-        last_stage(segment.item.tokens > 0
-                       ? static_cast<int>(segment.item.tokens - 1) / Layout::kTokens * Layout::kTokens
-                       : -1),
+        last_token(static_cast<int>(segment.item.tokens) - 1),
+        last_stage(last_token < 0 ? -1 : last_token / Layout::kTokens * Layout::kTokens),
         dr(op.dr, segment, head, last_chunk(), Rows::row(), Rows::byte()),
         dk(op.dk, segment, head, last_chunk(), Rows::row(), Rows::byte()),
         dv(op.dv, segment, head, last_chunk(), ValueRows::row(), 2 * ValueRows::value()),
@@ -98,7 +97,9 @@ struct BackwardBlock {
     }
   }
 
-  __device__ __forceinline__ int last_chunk() const { return last_stage + Layout::kTokens - kTreeTokens; }
+  __device__ __forceinline__ int last_chunk() const {
+    return last_token / (2 * kTreeTokens) * 2 * kTreeTokens + kTreeTokens;
+  }
 
   template <class Field>
   __device__ __forceinline__ Field kept(const Field BackwardPlaces<T, W>::*field) const {
@@ -279,7 +280,7 @@ __global__ void __launch_bounds__(BackwardLayout<T, W, kSize, kConstantDecay>::k
     // Chunks in pairs: the state before the second follows from the state before the first, which is kept; or read
     // again, in heads of 128, where registers are scarcer and there is one pair.
 #pragma unroll 1
-    for (int pair = Layout::kChunks - 2; pair >= 0; pair -= 2) {
+    for (int pair = (stage_tokens - 1) / (2 * kTreeTokens) * 2; pair >= 0; pair -= 2) {
       KeyRows<kSize> states[2];
       states[0].get(shared.state);
 #pragma unroll 1
