@@ -5,6 +5,7 @@
 
 import pytest
 import torch
+from emulator.build import PLAIN, PLAIN_MAIN
 from emulator.ops import Emulator
 from kernel_cases import (
     CHUNK_INSTANCES,
@@ -29,25 +30,22 @@ def one_thread():
     torch.set_num_threads(1)  # the reference is thousands of small operations: threads only wait for each other
 
 
-def emulator_for(case: Case, **settings) -> Emulator:
-    return Emulator(kernel=case.instance.kernel, segment_tokens=case.segment_tokens, **settings)
-
-
-def check(case: Case):
+def check(case: Case, variant):
     inputs = inputs_of(case)
     op = REFERENCES[case.instance.version]
     exact = outputs_and_gradients(op, inputs.double(), cotangents=case.cotangents)
     plain = outputs_and_gradients(op, inputs, cotangents=case.cotangents)
-    actual = outputs_and_gradients(emulator_for(case).wkv6, inputs, cotangents=case.cotangents)
+    emulator = Emulator(variant, kernel=case.instance.kernel, segment_tokens=case.segment_tokens)
+    actual = outputs_and_gradients(emulator.wkv6, inputs, cotangents=case.cotangents)
     assert not (wrong := complaints(case, inputs, actual, exact, plain)), "\n".join(wrong)
 
 
 @pytest.mark.parametrize("case", MAIN_CASES, ids=str)
 def test_main_instances_match_the_reference(case):
-    check(case)
+    check(case, PLAIN_MAIN)
 
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("case", ALL_CASES, ids=str)
 def test_every_instance_matches_the_reference(case):
-    check(case)
+    check(case, PLAIN)

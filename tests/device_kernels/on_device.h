@@ -28,7 +28,7 @@ struct Launch {
   std::string kernel;
   int64_t blocks = 0;
   int threads = 0, shared_bytes = 0;
-  int64_t bytes_read = 0, bytes_written = 0;
+  int64_t bytes_read = 0, distinct_bytes_read = 0, bytes_written = 0;
 };
 inline std::vector<Launch> launches() { return {}; }
 

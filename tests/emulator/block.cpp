@@ -121,7 +121,7 @@ void run_next_after(Fiber& left) {
   }
   if (!next) fail_stuck();
   running.thread = next;
-  switch_fiber(left, next->fiber);
+  if (&next->fiber != &left) switch_fiber(left, next->fiber);
 }
 
 // Returns true in the thread that came last, before the others go on.

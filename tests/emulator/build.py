@@ -1,7 +1,7 @@
 """Compile the emulator and the kernels' own sources with the host compiler; what is built is kept under build/emulator.
 
-    build(PLAIN).run        every kernel instance
-    build(TSAN).run         the main instances alone, so that the compiler has less to do
+    build(PLAIN)       tests/emulator/run.cpp with every kernel instance
+    build(TSAN)        the same with the main instances alone, so that the compiler has less to do
 
 An object is named by a hash of its flags and of every file that went into it, so a build compiles what changed and
 nothing else, and builds of different sources lie side by side.
@@ -39,7 +39,8 @@ class Variant:
     main_instances_only: bool = False
 
 
-PLAIN = Variant("plain", ("-O2",))
+PLAIN = Variant("plain", ("-O2",), ("-fPIC",))  # for a shared library as well (emulated_device.py)
+PLAIN_MAIN = Variant("plain", ("-O2",), main_instances_only=True)
 TSAN = Variant(
     "tsan",
     ("-O1", "-g", "-fsanitize=thread"),
@@ -75,7 +76,7 @@ def is_main_instance(source: Path) -> bool:
 
 
 def kernel_sources(main_only: bool) -> list[Path]:
-    host = [x for x in sorted((ROOT / "csrc/cuda").glob("*.cu")) if x.name != "cuda_errors.cu"]  # that one is CUDA's own
+    host = [x for x in sorted((ROOT / "csrc/cuda").glob("*.cu")) if x.name != "cuda_errors.cu"]  # CUDA's own errors
     instances = sorted((ROOT / "csrc/cuda/instances").glob("*.cu"))
     return [*host, *(x for x in instances if is_main_instance(x) or not main_only)]
 

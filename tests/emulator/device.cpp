@@ -4,14 +4,16 @@
 #include <dlfcn.h>
 
 #include <cstdlib>
+#include <unordered_set>
+
+#include "unseen.h"
 
 namespace emulator {
 namespace {
 
 std::vector<Launch> all_launches;
-int64_t unattributed = 0;
-int64_t* bytes_read = &unattributed;
-int64_t* bytes_written = &unattributed;
+std::unordered_set<uintptr_t> sectors_read;  // of the last launch
+constexpr uintptr_t kSectorBytes = 32;
 
 std::string name_of(const void* function) {
   Dl_info info;
@@ -33,12 +35,18 @@ Device& device() {
 std::vector<Launch>& launches() { return all_launches; }
 
 void begin_launch(const void* function, int64_t blocks, int threads, int shared_bytes) {
-  all_launches.push_back({name_of(function), blocks, threads, shared_bytes, 0, 0});
-  bytes_read = &all_launches.back().bytes_read;
-  bytes_written = &all_launches.back().bytes_written;
+  all_launches.push_back({name_of(function), blocks, threads, shared_bytes});
+  sectors_read.clear();
 }
 
-void count_read(int64_t bytes) { *bytes_read += bytes; }
-void count_written(int64_t bytes) { *bytes_written += bytes; }
+void count_read(const void* address, int64_t bytes) {
+  const Unseen unseen;
+  Launch& launch = all_launches.back();
+  launch.bytes_read += bytes;
+  if (sectors_read.insert(reinterpret_cast<uintptr_t>(address) / kSectorBytes).second)
+    launch.distinct_bytes_read += kSectorBytes;
+}
+
+void count_written(int64_t bytes) { all_launches.back().bytes_written += bytes; }
 
 }  // namespace emulator

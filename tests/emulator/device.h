@@ -1,5 +1,5 @@
-// What a test can set and ask about the emulated device: how many blocks it holds, and the bytes that each launch moved
-// to and from global memory through the primitives (a byte that several threads load counts each time).
+// What a test can set and ask about the emulated device: how many blocks it holds, and the bytes that each launch asked
+// of global memory through the primitives: all of them, and without repetitions, as a perfect cache would fetch them.
 #pragma once
 
 #include <cstdint>
@@ -20,6 +20,7 @@ struct Launch {
   int shared_bytes = 0;
   int64_t bytes_read = 0;
   int64_t bytes_written = 0;
+  int64_t distinct_bytes_read = 0;  // in whole sectors of 32 bytes
 };
 
 Device& device();
@@ -28,7 +29,7 @@ std::vector<Launch>& launches();  // all so far
 // Starts the record of a launch; function is the kernel's address, for its name.
 void begin_launch(const void* function, int64_t blocks, int threads, int shared_bytes);
 
-void count_read(int64_t bytes);
+void count_read(const void* address, int64_t bytes);
 void count_written(int64_t bytes);
 
 }  // namespace emulator

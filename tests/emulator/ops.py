@@ -27,6 +27,7 @@ class Launch(NamedTuple):
     threads: int
     shared_bytes: int
     bytes_read: int
+    distinct_bytes_read: int  # without repetitions
     bytes_written: int
     kernel: str
 
@@ -139,8 +140,8 @@ class Emulator:
             if done.returncode:
                 raise EmulatorError(f"exit code {done.returncode}\n{done.stdout}{done.stderr}")
             results = problem.read(paths[1])
-        lines = [line.split(" ", 6) for line in done.stdout.splitlines()]
-        self.launches = [Launch(*map(int, x[1:6]), x[6]) for x in lines if x[0] == "launch"]
+        lines = [line.split(" ", 7) for line in done.stdout.splitlines()]
+        self.launches = [Launch(*map(int, x[1:7]), x[7]) for x in lines if x[0] == "launch"]
         plans = [Plan(x[1], *map(int, x[2:])) for x in lines if x[0] == "plan"]
         self.plan = plans[0] if plans else None
         return results

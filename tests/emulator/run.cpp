@@ -236,6 +236,7 @@ int main(int count, char** words) {
     }
   for (const emulator::Launch& launch : emulator::launches())
     std::cout << "launch " << launch.blocks << " " << launch.threads << " " << launch.shared_bytes << " "
-              << launch.bytes_read << " " << launch.bytes_written << " " << launch.kernel << "\n";
+              << launch.bytes_read << " " << launch.distinct_bytes_read << " " << launch.bytes_written << " "
+              << launch.kernel << "\n";
   return result ? 0 : 2;
 }

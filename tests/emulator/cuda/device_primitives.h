@@ -67,7 +67,7 @@ void store_shared(void* to, V value, SourceLine where = SourceLine::current()) {
 template <class V>
 V load_global(const void* from, SourceLine where = SourceLine::current()) {
   check_address("load_global", from, Space::kGlobal, sizeof(V), where);
-  emulator::count_read(sizeof(V));
+  emulator::count_read(from, sizeof(V));
   return *static_cast<const V*>(from);
 }
 template <class V>
@@ -84,7 +84,7 @@ inline void copy_async_or_zero(void* shared, const void* global, bool wanted,
   check_address("copy_async", global, Space::kGlobal, 16, where);
   const uint4 touched = *static_cast<const uint4*>(global);  // an illegal address is found here, not at the wait
   asm volatile("" ::"m"(touched));
-  if (wanted) emulator::count_read(16);
+  if (wanted) emulator::count_read(global, 16);
   *static_cast<uint4*>(shared) = make_uint4(~0u, ~0u, ~0u, ~0u);
   emulator::issue_copy({shared, global, wanted, where});
 }
