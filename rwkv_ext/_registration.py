@@ -43,6 +43,11 @@ def _check(op, axes, **tensors):
             )
 
 
+def has_scores(r):
+    """Tell whether a forward that saves for backward saves scores, as has_scores of csrc/wkv_prepare.h does."""
+    return r.is_cuda and r.dtype in (torch.bfloat16, torch.float16)
+
+
 def _forward_fake(op, r, k, v, w, u, state, cu_seqlens, save_for_backward):
     _check(op, "[B, T, H, N]", r=r, k=k, v=v, w=w, u=u, state=state, cu_seqlens=cu_seqlens)
     batch, tokens, heads, size = r.shape
@@ -58,7 +63,7 @@ def _forward_fake(op, r, k, v, w, u, state, cu_seqlens, save_for_backward):
         chunk_states = new(batch, chunks, heads, size, size)
     else:
         chunk_states = new(chunks + sequences - 1, heads, size, size)
-    if save_for_backward and r.is_cuda and r.dtype in (torch.bfloat16, torch.float16):
+    if save_for_backward and has_scores(r):
         scores = r.new_empty(batch, heads, tokens, SCORES_PER_TOKEN, dtype=torch.float32)
     else:
         scores = new(0)

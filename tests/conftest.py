@@ -15,34 +15,46 @@ import torch  # noqa: E402
 
 MARKERS = {
     "cuda": "needs a CUDA device; skipped, with the reason, where there is none",
-    "cpu": "about the CPU kernels or about nothing on a device; skipped with --device cuda",
+    "cpu": "about the CPU kernels or about nothing on a device; skipped with --device cuda or emulated",
+    "emulated": "about a GPU's kernels alone: --device emulated runs it without one",
     "slow": "takes more than a few seconds; leave out with -m 'not slow'",
     "dist": "starts several processes",
 }
 
 
 def pytest_addoption(parser):
-    parser.addoption("--device", default="cpu", help="where the tests of the ops (test_wkv_*) run: cpu, cuda or cuda:1")
+    where = "where the tests of the ops (test_wkv_*) run: cpu, cuda, cuda:1 or emulated (emulated_device.py)"
+    parser.addoption("--device", default="cpu", help=where)
 
 
 def pytest_configure(config):
     for name, meaning in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
-    if config.getoption("--device") != "cpu" and torch.cuda.is_available():
-        # before any test module is imported: some make their tensors then
-        torch.set_default_device(config.getoption("--device"))
+    device = config.getoption("--device")
+    # before any test module is imported: some make their tensors then
+    if device == "emulated":
+        import emulated_device
+
+        emulated_device.use()
+    elif device != "cpu" and torch.cuda.is_available():
+        torch.set_default_device(device)
+
+
+def reason_to_skip(device, item):
+    """Return why a test does not run, or an empty string."""
+    if device == "emulated":
+        if item.get_closest_marker("cpu"):
+            return "needs the CPU kernels"
+        return "no CUDA device" if item.get_closest_marker("cuda") and not item.get_closest_marker("emulated") else ""
+    if not torch.cuda.is_available():
+        return "no CUDA device" if device != "cpu" or item.get_closest_marker("cuda") else ""
+    return "needs the CPU kernels" if device != "cpu" and item.get_closest_marker("cpu") else ""
 
 
 def pytest_collection_modifyitems(config, items):
-    if not torch.cuda.is_available():
-        everywhere = config.getoption("--device") != "cpu"
-        for item in items:
-            if everywhere or item.get_closest_marker("cuda"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-    if torch.get_default_device().type != "cpu":
-        for item in items:
-            if item.get_closest_marker("cpu"):
-                item.add_marker(pytest.mark.skip(reason="needs the CPU kernels"))
+    for item in items:
+        if reason := reason_to_skip(config.getoption("--device"), item):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

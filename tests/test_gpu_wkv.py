@@ -1,4 +1,4 @@
-"""The tensor-core kernels on a GPU: errors of at most twice those of rounding, per output (wkv_cases.rounding_bound).
+"""The tensor-core kernels on a GPU: errors of at most twice what is unavoidable, per output (kernel_cases.py).
 
 fp32 and fp64 run other kernels; the tests of the ops cover those (pytest --device cuda tests/test_wkv_*.py).
 """
@@ -6,12 +6,13 @@ fp32 and fp64 run other kernels; the tests of the ops cover those (pytest --devi
 import pytest
 import torch
 from gpu_tools import DEVICE, check, exact, make_inputs, needs_kernels, run, same_bits
-from wkv_cases import OPS, assert_rounded, rounding_bound
+from kernel_cases import floor_of
+from wkv_cases import OPS, assert_rounded
 
 from rwkv_ext import ops
 from rwkv_ext.testing import GRADIENTS, assert_close_ratio, decay_regimes, error_ratio, layouts, outputs_and_gradients
 
-pytestmark = needs_kernels
+pytestmark = [*needs_kernels, pytest.mark.emulated]
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 VERSIONS = pytest.mark.parametrize("version", OPS)
 LENGTHS = (0, 1, 15, 16, 17, 31, 32, 33, 64, 65, 128, 129, 200, 300)  # around blocks of 16 and chunks of 128
@@ -43,7 +44,7 @@ def test_gpu_wkv_dw_by_decay(dtype):
     log_decay = -torch.exp(inputs.w.double())
     for low, high in ((-1, 0), (-3, -1), (-6, -3), (-12, -6), (-40, -12)):
         here = (log_decay > low) & (log_decay <= high)
-        assert here.sum() > 1000 and error_ratio(actual[here], expected[here]) < rounding_bound(actual.dtype)
+        assert here.sum() > 1000 and error_ratio(actual[here], expected[here]) < 2 * floor_of("dw", actual.dtype)
 
 
 @pytest.mark.parametrize("parameter_dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -100,7 +101,7 @@ def test_gpu_wkv_packed_does_not_leak():
         assert torch.equal(a[name][::2], b[name][::2]), name
 
 
-@pytest.mark.parametrize("tokens", [1024, 1500, 4133])
+@pytest.mark.parametrize("tokens", [1024, 1500, 2133])
 @VERSIONS
 def test_gpu_wkv_segments(version, tokens):
     """So few heads that the sequence is cut into segments, which run at the same time."""
@@ -152,7 +153,7 @@ def test_gpu_wkv_cotangent_layouts():
 @pytest.mark.parametrize("cut", [32, 48, 128, 160, 256])
 @VERSIONS
 def test_gpu_wkv_carried_over_a_cut(version, cut):
-    """Bitwise at multiples of 16, forward and backward, but for the sums over tokens."""
+    """Bitwise: forward at multiples of 16, backward at multiples of 128, but for the sums over tokens."""
     inputs = make_inputs(version, 2, 300, 2, regime="mixed")
 
     def in_two_parts(r, k, v, w, u, state, _):
@@ -165,7 +166,7 @@ def test_gpu_wkv_carried_over_a_cut(version, cut):
 
     whole, parts = run(version, inputs), outputs_and_gradients(in_two_parts, inputs)
     different = [name for name in {"y", "state_out", *GRADIENTS} if not torch.equal(whole[name], parts[name])]
-    assert set(different) <= set(SUMS[version])
+    assert set(different) <= (set(SUMS[version]) if cut % 128 == 0 else {*GRADIENTS})
     assert_rounded({x: parts[x] for x in different}, {x: whole[x] for x in different})
 
 

@@ -56,7 +56,9 @@ def test_wkv_state_carried_over_a_cut(version, tokens, size, dtype, cut):
     whole = outputs_and_gradients(OPS[version], inputs)
     parts = outputs_and_gradients(in_two_parts(OPS[version], version, cut), inputs)
     sums = {"du"} if version == "6.0" else {"du", "dw"}
-    if uses_tensor_cores(dtype) and min(cut, tokens - cut) < SHORT:
+    if uses_tensor_cores(dtype) and (cut % 128 or min(cut, tokens - cut) < SHORT):
+        # backward rebuilds states from those at multiples of 128, and few tokens run another kernel
+        assert cut < SHORT or tokens - cut < SHORT or all(torch.equal(whole[x], parts[x]) for x in ("y", "state_out"))
         return assert_rounded(parts, whole)
     for key in {"y", "state_out", *GRADIENTS} - sums:
         assert torch.equal(whole[key], parts[key]), key
