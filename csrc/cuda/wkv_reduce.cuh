@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kReduceThreads) wkv_reduce_kernel(const __grid
 
 template <class Real>
 int run_wkv_reduce(const ReduceTask& task, void* stream) {
-  return launch(wkv_reduce_kernel<Real>, task.shape.heads * (task.dw_partial ? 2 : 1), kReduceThreads,
+  return launch(wkv_reduce_kernel<Real>, task.shape.heads * (task.shape.constant_decay ? 2 : 1), kReduceThreads,
                 kReduceThreads * int{sizeof(double)}, task, stream);
 }
 
