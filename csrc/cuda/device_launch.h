@@ -5,6 +5,8 @@
 
 #include <climits>
 #include <cstdint>
+#include <map>
+#include <utility>
 
 namespace rwkv {
 
@@ -30,24 +32,32 @@ int launch(void (*kernel)(Params), int64_t blocks, int threads, int shared_bytes
 }
 
 // How many blocks of the kernel the current device holds at once; 0 where its shared memory is too small for one.
+// Asked once per thread, kernel and device: every op asks, and the answer takes microseconds.
 template <class Params>
 int resident_blocks(void (*kernel)(Params), int threads, int shared_bytes, int64_t& blocks) {
+  thread_local std::map<std::pair<void (*)(Params), int>, int64_t> known;
   int device = 0, processors = 0, most_shared = 0, each = 0;
   if (const cudaError_t error = cudaGetDevice(&device)) return forget(error);
+  if (const auto found = known.find({kernel, device}); found != known.end()) {
+    blocks = found->second;
+    return cudaSuccess;
+  }
   if (const cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device))
     return forget(error);
   if (const cudaError_t error =
           cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device))
     return forget(error);
-  blocks = 0;
-  if (shared_bytes > most_shared) return cudaSuccess;
+  if (shared_bytes > most_shared) {
+    blocks = known[{kernel, device}] = 0;
+    return cudaSuccess;
+  }
   if (shared_bytes > 48 * 1024)
     if (const cudaError_t error =
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes))
       return forget(error);
   if (const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared_bytes))
     return forget(error);
-  blocks = static_cast<int64_t>(processors) * each;
+  blocks = known[{kernel, device}] = static_cast<int64_t>(processors) * each;
   return cudaSuccess;
 }
 

