@@ -21,6 +21,7 @@ extern "C" AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { re
 
 namespace rwkv {
 
+int set_cuda_device(int) { return 0; }
 const char* cuda_error_text(int error) { return error == 801 ? "operation not supported" : "an error"; }
 bool cuda_error_is_missing_image(int) { return false; }
 
