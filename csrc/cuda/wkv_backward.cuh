@@ -110,18 +110,17 @@ struct BackwardBlock {
   // then r and dy.
   __device__ __forceinline__ void start_copies(int stage, int before, int stage_tokens) const {
     using Places = BackwardPlaces<T, W>;
-    const auto copy_state_rows = [&](char* k, char* v, char* w, int token, int wanted) {
-      copy_stage<Layout, T, kPitch>(k, kept(&Places::k), op.k.token_stride, token, wanted);
-      copy_stage<Layout, T, kPitch>(v, kept(&Places::v), op.v.token_stride, token, wanted);
+    const auto copy_state_rows = [&](const StateRows<Layout>& to, int token, int wanted) {
+      copy_stage<Layout, T, kPitch>(to.k, kept(&Places::k), op.k.token_stride, token, wanted);
+      copy_stage<Layout, T, kPitch>(to.v, kept(&Places::v), op.v.token_stride, token, wanted);
       if constexpr (!kConstantDecay)
-        copy_stage<Layout, W, Layout::kDecayPitch>(w, kept(&Places::w), op.w.token_stride, token, wanted,
+        copy_stage<Layout, W, Layout::kDecayPitch>(to.w, kept(&Places::w), op.w.token_stride, token, wanted,
                                                    no_decay<W>());
     };
 #pragma unroll 1
     for (int past = 0; past < before; past += Layout::kTokens)
-      copy_state_rows(shared.k_before + past * kPitch, shared.v_before + past * kPitch,
-                      shared.w_before + past * Layout::kDecayPitch, stage - before + past, Layout::kTokens);
-    copy_state_rows(shared.k, shared.v, shared.w, stage, stage_tokens);
+      copy_state_rows(shared.before.from(past), stage - before + past, Layout::kTokens);
+    copy_state_rows(shared.state_rows(), stage, stage_tokens);
     commit_copies();
     copy_stage<Layout, T, kPitch>(shared.r, kept(&Places::r), op.r.token_stride, stage, stage_tokens);
     if (op.dy.data)
@@ -129,27 +128,39 @@ struct BackwardBlock {
     commit_copies();
   }
 
-  // next = S after a chunk, whose rows of k, v and w are given and which starts with the given S.
-  __device__ __forceinline__ void advance_state(KeyRows<kSize>& next, const KeyRows<kSize>& state, const char* k,
-                                                const char* v, const char* w) const {
+  // W and k~ of a chunk. later: decay of the tokens between it and where S is wanted.
+  __device__ __forceinline__ TokenOperand<T> chunk_keys(float (&whole)[2], const StateRows<Layout>& chunk,
+                                                        const float (&later)[2]) const {
     ChunkDecay decay;
-    load_decay<Layout>(decay, w, constant_exponent, kTreeTokens);
+    load_decay<Layout>(decay, chunk.w, constant_exponent, kTreeTokens);
     const LevelFactors factors(decay, QuadPlace());
     ChunkValues keys;
-    load_chunk<T>(keys, k + square_row<kPitch>() + 32 * warp_index());
+    load_chunk<T>(keys, chunk.k + square_row<kPitch>() + 32 * warp_index());
     QuadOperand scaled;
     scale_k(scaled, keys, decay);
-    scale(keys, scaled.quad, factors.sibling_after, factors.octet_after);
-    advance(next, state, decay.whole, TokenOperand<T>(keys), v + square_row<kPitch>());
+    const float after[2] = {factors.sibling_after[0] * later[0], factors.sibling_after[1] * later[1]};
+    scale(keys, scaled.quad, after, factors.octet_after);
+    whole[0] = decay.whole[0], whole[1] = decay.whole[1];
+    return TokenOperand<T>(keys);
   }
-  __device__ __forceinline__ void advance_before(KeyRows<kSize>& state, int past) const {
-    advance_state(state, state, shared.k_before + past * kPitch, shared.v_before + past * kPitch,
-                  shared.w_before + past * Layout::kDecayPitch);
+  // next = S after a chunk that starts with the given S.
+  __device__ __forceinline__ void advance_state(KeyRows<kSize>& next, const KeyRows<kSize>& state,
+                                                const StateRows<Layout>& chunk) const {
+    const float one[2] = {1.f, 1.f};
+    float whole[2];
+    const TokenOperand<T> keys = chunk_keys(whole, chunk, one);
+    advance(next, state, whole, keys, chunk.v + square_row<kPitch>());
   }
-  __device__ __forceinline__ void advance_over(KeyRows<kSize>& next, const KeyRows<kSize>& state, int chunk) const {
-    constexpr int kRows = kTreeTokens * kPitch;
-    advance_state(next, state, shared.k + chunk * kRows, shared.v + chunk * kRows,
-                  shared.w + chunk * kTreeTokens * Layout::kDecayPitch);
+  // S over two chunks.
+  __device__ __forceinline__ void advance_state_twice(KeyRows<kSize>& state, const StateRows<Layout>& chunks) const {
+    const StateRows<Layout> second_chunk = chunks.from(kTreeTokens);
+    const float one[2] = {1.f, 1.f};
+    float first[2], second[2];
+    const TokenOperand<T> second_keys = chunk_keys(second, second_chunk, one);
+    const TokenOperand<T> first_keys = chunk_keys(first, chunks, second);
+    const float both[2] = {first[0] * second[0], first[1] * second[1]};
+    const int row = square_row<kPitch>();
+    advance(state, state, both, first_keys, second_keys, chunks.v + row, second_chunk.v + row);
   }
 
   // The gradients of one chunk of the stage, and G before it; state: S before it.
@@ -267,7 +278,8 @@ __global__ void __launch_bounds__(BackwardLayout<T, W, kSize, kConstantDecay>::k
     wait_copies<1>();  // this thread's rows of k, v and w
     block_barrier();   // everyone's
 #pragma unroll 1
-    for (int past = 0; past < before; past += kTreeTokens) block.advance_before(state, past);
+    for (int past = 0; past < before; past += 2 * kTreeTokens)
+      block.advance_state_twice(state, shared.before.from(past));
     wait_copies<0>();  // this thread's rows of r and dy
     block_barrier();   // everyone's; and nobody needs the rows before the stage, whose place the exchange takes
     state.put(shared.state);
@@ -284,8 +296,9 @@ __global__ void __launch_bounds__(BackwardLayout<T, W, kSize, kConstantDecay>::k
       KeyRows<kSize> states[2];
       states[0].get(shared.state);
 #pragma unroll 1
-      for (int chunk = 0; chunk < pair; ++chunk) block.advance_over(states[0], states[0], chunk);
-      block.advance_over(states[1], states[0], pair);
+      for (int row = 0; row < pair * kTreeTokens; row += 2 * kTreeTokens)
+        block.advance_state_twice(states[0], shared.state_rows().from(row));
+      block.advance_state(states[1], states[0], shared.state_rows().from(pair * kTreeTokens));
       block.finish_chunk(states[1], stage, pair + 1, stage_tokens - (pair + 1) * kTreeTokens);
       if constexpr (Layout::kChunks == 2) states[0].get(shared.state);
       block.finish_chunk(states[0], stage, pair, stage_tokens - pair * kTreeTokens);

@@ -90,14 +90,24 @@ struct BackwardPlaces {
   int64_t tokens;
 };
 
+// Rows of what moves the state, from some token on.
+template <class Layout>
+struct StateRows {
+  char *k, *v, *w;
+
+  __device__ __forceinline__ StateRows from(int token) const {
+    return {k + token * Layout::kPitch, v + token * Layout::kPitch, w + token * Layout::kDecayPitch};
+  }
+};
+
 template <class Layout>
 struct BackwardShared {
-  char *r, *dy, *k, *v, *w;  // rows of the stage; dr, dk and dw take the place of r, k and w
+  char *r, *dy, *k, *v, *w;          // rows of the stage; dr, dk and dw take the place of r, k and w
+  StateRows<Layout> before;          // rows of the tokens before it, until the exchange takes their place
   char *pairs, *zeros, *near;
   BackwardPlaces<typename Layout::Activation, typename Layout::Decay>* places;
-  char* lanes;                                // LaneOffsets of every thread
-  char *state, *gradient, *keys;              // exchange
-  char *k_before, *v_before, *w_before;       // the same place, earlier
+  char* lanes;                       // LaneOffsets of every thread
+  char *state, *gradient, *keys;     // exchange
 
   __device__ __forceinline__ BackwardShared() {
     r = shared_array<char>(Layout::kR, Layout::kRowsBytes);
@@ -116,10 +126,9 @@ struct BackwardShared {
     state = scratch;
     gradient = state + Layout::kStateBytes;
     keys = gradient + Layout::kGradientBytes;
-    k_before = scratch + Layout::kKeyBefore;
-    v_before = scratch + Layout::kValueBefore;
-    w_before = scratch + Layout::kDecayBefore;
+    before = {scratch + Layout::kKeyBefore, scratch + Layout::kValueBefore, scratch + Layout::kDecayBefore};
   }
+  __device__ __forceinline__ StateRows<Layout> state_rows() const { return {k, v, w}; }
 };
 
 // The token that a fragment's row or column of that number stands for.

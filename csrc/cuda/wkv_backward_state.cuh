@@ -92,7 +92,8 @@ struct TokenOperand<Float16> {
   }
 };
 
-// next = diag(decay) x + operand rows, with rows of v or dy; row: square_row of the chunk at value 0. next may be x.
+// next = diag(decay) x + sum of operand rows, with rows of v or dy of one or two chunks; row: square_row of a chunk at
+// value 0. next may be x.
 template <class T, int kSize>
 __device__ __forceinline__ void advance(KeyRows<kSize>& next, const KeyRows<kSize>& x, const float (&decay)[2],
                                         const TokenOperand<T>& operand, const char* row) {
@@ -104,6 +105,19 @@ __device__ __forceinline__ void advance(KeyRows<kSize>& next, const KeyRows<kSiz
       auto& tile = next.tile[kTile];
       static_for<0, 4>([&](auto e) { tile[e.value] = x.tile[kTile][e.value] * decay[e.value / 2]; });
       operand.multiply(tile, rows[2 * d.value], rows[2 * d.value + 1]);
+    });
+  });
+}
+template <class T, int kSize>
+__device__ __forceinline__ void advance(KeyRows<kSize>& next, const KeyRows<kSize>& x, const float (&decay)[2],
+                                        const TokenOperand<T>& first, const TokenOperand<T>& second,
+                                        const char* first_row, const char* second_row) {
+  advance(next, x, decay, first, first_row);
+  static_for<0, kSize / 16>([&](auto j) {
+    uint32_t rows[4];
+    load_matrices_transposed(rows, second_row + 32 * j.value);
+    static_for<0, 2>([&](auto d) {
+      second.multiply(next.tile[2 * j.value + d.value], rows[2 * d.value], rows[2 * d.value + 1]);
     });
   });
 }
