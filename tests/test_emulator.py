@@ -55,6 +55,10 @@ def test_right_kernels_run_in_every_order(promise, variant, order):
     assert done.returncode == 0, done.stderr
     assert (values(done) == 1 + (np.arange(64) ^ 5)).all()
 
+    done = promise(variant, "matrix-barrier", order)
+    assert done.returncode == 0, done.stderr
+    assert (values(done) == 4 * ((np.arange(64) % 32 // 4) ^ 1) + np.arange(64) % 4).all()
+
     done = promise(variant, "own-places", order)
     assert done.returncode == 0, done.stderr
     assert (values(done) == np.arange(64) // 32).all()
@@ -72,10 +76,10 @@ def test_copies_that_nobody_waits_for_are_named(promise):
         assert re.search(f"never waited for; the first, {state}, is from .*promises.cpp:", done.stderr), done.stderr
 
 
-RACES = ["missing-barrier", "missing-warp-barrier", "missing-wait", "late-reader", "two-blocks"]
+RACES = ["missing-barrier", "missing-warp-barrier", "missing-matrix-barrier", "missing-wait", "late-reader"]
 
 
-@pytest.mark.parametrize("name", RACES)
+@pytest.mark.parametrize("name", [*RACES, "two-blocks"])
 def test_thread_sanitizer_sees_the_race(promise, name):
     done = promise("tsan", name)
     assert done.returncode == TSAN_EXIT
@@ -93,6 +97,7 @@ def test_shuffles_order_nothing_though_the_result_looks_right(promise):
         ("overread", "use-after-poison"),
         ("global-overread", "heap-buffer-overflow"),
         ("copy-overread", "heap-buffer-overflow"),
+        ("matrix-overread", "use-after-poison"),
     ],
 )
 def test_address_sanitizer_sees_the_overrun(promise, name, what):

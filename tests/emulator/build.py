@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -40,7 +40,7 @@ class Variant:
 
 
 PLAIN = Variant("plain", ("-O2",), ("-fPIC",))  # for a shared library as well (emulated_device.py)
-PLAIN_MAIN = Variant("plain", ("-O2",), main_instances_only=True)
+PLAIN_MAIN = replace(PLAIN, main_instances_only=True)
 TSAN = Variant(
     "tsan",
     ("-O1", "-g", "-fsanitize=thread"),
@@ -52,7 +52,7 @@ TSAN = Variant(
 )
 ASAN = Variant(
     "asan",
-    # AddressSanitizer finds null pointers and foreign objects by itself; those checks make compiling three times slower.
+    # AddressSanitizer finds null pointers and foreign objects by itself; these checks triple the time to compile.
     ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
     + ("-fno-sanitize=null,object-size,vptr,nonnull-attribute,returns-nonnull-attribute",),
     ("-DEMULATOR_ASAN",),

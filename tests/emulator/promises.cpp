@@ -52,6 +52,24 @@ __global__ void warp_kernel(const __grid_constant__ Arrays p) {
   store_global(p.out + self, mine + load_shared<float>(values + (self ^ 5)));
 }
 
+// The rows that load_matrices reads are another lane's; nothing but the barrier orders that.
+template <bool kBarrier>
+__global__ void matrix_kernel(const __grid_constant__ Arrays p) {
+  float4* rows = shared_array<float4>(0, 64);
+  const int self = thread_index();
+  store_shared(rows + self, load_global<float4>(p.in + 4 * (self % 32)));
+  if (kBarrier) warp_barrier();
+  uint32_t d[4];
+  load_matrices(d, rows + (self ^ 1));
+  store_global(p.out + self, float_from_bits(d[0]));
+}
+__global__ void matrix_overread_kernel(const __grid_constant__ Arrays p) {
+  float4* rows = shared_array<float4>(0, 64);
+  uint32_t d[4];
+  load_matrices_transposed(d, rows + 64);
+  store_global(p.out + thread_index(), float_from_bits(d[0]));
+}
+
 // Passes a barrier, writes, and goes on to the next barrier while others have not yet left the first: still a race.
 __global__ void late_reader_kernel(const __grid_constant__ Arrays p) {
   float* value = shared_array<float>(0, 1);
@@ -150,6 +168,9 @@ int run(const std::string& name, const Arrays& arrays) {
       {"missing-last-wait", {copy_kernel<Without::kLastWait>}},
       {"warp-barrier", {warp_kernel<true>}},
       {"missing-warp-barrier", {warp_kernel<false>}},
+      {"matrix-barrier", {matrix_kernel<true>}},
+      {"missing-matrix-barrier", {matrix_kernel<false>}},
+      {"matrix-overread", {matrix_overread_kernel}},
       {"late-reader", {late_reader_kernel}},
       {"two-blocks", {two_blocks_kernel, 2}},
       {"own-places", {own_places_kernel, 2, 32}},

@@ -119,13 +119,16 @@ inline float shuffle(float value, int lane, SourceLine where = SourceLine::curre
   return std::bit_cast<float>(shuffle(std::bit_cast<uint32_t>(value), lane, where));
 }
 
+// Every lane reads its row here, where sanitizers see it.
+inline emulator::MatrixRow load_row(const void* row, const char* primitive, const SourceLine& where) {
+  check_address(primitive, row, Space::kShared, 16, where);
+  return *static_cast<const emulator::MatrixRow*>(row);
+}
 inline void load_matrices(uint32_t (&d)[4], const void* row, SourceLine where = SourceLine::current()) {
-  check_address("load_matrices", row, Space::kShared, 16, where);
-  emulator::distribute_matrices(d, *static_cast<const emulator::MatrixRow*>(row), false, where);
+  emulator::distribute_matrices(d, load_row(row, "load_matrices", where), false, where);
 }
 inline void load_matrices_transposed(uint32_t (&d)[4], const void* row, SourceLine where = SourceLine::current()) {
-  check_address("load_matrices_transposed", row, Space::kShared, 16, where);
-  emulator::distribute_matrices(d, *static_cast<const emulator::MatrixRow*>(row), true, where);
+  emulator::distribute_matrices(d, load_row(row, "load_matrices_transposed", where), true, where);
 }
 
 inline void store_matrices_transposed(void* row, const uint32_t (&d)[4], SourceLine where = SourceLine::current()) {
