@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from device_primitives.primitive_cases import CASES, errors
+from emulator.build import RUNTIME
 from gpu_tools import device_program
 
 ROOT = Path(__file__).parent.parent
@@ -37,8 +38,7 @@ def emulated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("emulated")
     program = folder / "device_primitives"
     includes = ["-I", EMULATOR, "-I", ROOT / "csrc"]
-    emulator = [source for source in EMULATOR.glob("*.cpp") if "int main(" not in source.read_text()]
-    sources = [*emulator, "-x", "c++", SOURCE]
+    sources = [*(EMULATOR / f"{name}.cpp" for name in RUNTIME), "-x", "c++", SOURCE]
     subprocess.run(["g++", "-std=c++20", "-O1", *includes, *sources, "-o", program], check=True)
     return run(program, folder)
 
