@@ -191,6 +191,7 @@ struct BackwardBlock {
     const auto publish = [&](int q, const float (&x)[4]) {
       publish_gradient(shared.gradient, lane.gradient_out, q, x);
     };
+    block_barrier();  // everyone has read what was published of the last chunk
     publish_keys(shared.keys, lane.keys_out, keys);
     contract<T, kPitch>(dk_sums, gradient, shared.v + rows + lane.wide_row, [&](int q, const float (&x)[4]) {
       if (Layout::kExchangeRounds == 1 || warp_index() < Layout::kExchangeWarps) publish(q, x);
@@ -201,10 +202,11 @@ struct BackwardBlock {
       values.add_keys<Layout>(
           shared.gradient + lane.gradient_in,
           shared.keys + lane.keys_in + round.value * Layout::kExchangeWarps * Layout::kKeyWarpBytes);
-      block_barrier();  // everyone has read them
       constexpr int kNext = round.value + 1;
-      if (kNext < Layout::kExchangeRounds && warp_index() / Layout::kExchangeWarps == kNext)
-        for_each_operand<T>(gradient, publish);
+      if constexpr (kNext < Layout::kExchangeRounds) {
+        block_barrier();  // everyone has read this round's G
+        if (warp_index() / Layout::kExchangeWarps == kNext) for_each_operand<T>(gradient, publish);
+      }
     });
     values.add_scores<T, kPitch>(scores, shared.dy + rows);
     values.store<T>(dv.at, dv.row_bytes, tokens_left);
@@ -214,7 +216,7 @@ struct BackwardBlock {
     chunk_gradients(gradients, dr_sums, dk_sums, inner_sums, r, k, r_scaled, k_scaled, decay, factors, place,
                     PairAddresses<Layout>(shared, chunk, lane.pair));
     add_near_pairs(gradients, du, r, k, u, shared, chunk);
-    warp_barrier();  // all lanes have their r, k and w of this chunk, and dr, dk and dw may take the place
+    // Since the exchange all lanes have their r, k and w of this chunk, and dr, dk and dw may take the place.
     store_chunk<T>(shared.r + own_row, gradients.dr);
     store_chunk<T>(shared.k + own_row, gradients.dk);
     if constexpr (!kConstantDecay)
@@ -286,8 +288,7 @@ __global__ void __launch_bounds__(BackwardLayout<T, W, kSize, kConstantDecay>::k
 
 #pragma unroll 1
     for (int chunk = warp_index(); chunk < Layout::kChunks; chunk += Layout::kWarps)
-      store_pair_scores<T, Layout>(shared, chunk, LaneOffsets::get(shared).pair);
-    block_barrier();  // B of all chunks is there
+      store_pair_scores<T, Layout>(shared, chunk, LaneOffsets::get(shared).pair);  // needed after an exchange only
 
     // Chunks in pairs: the state before the second follows from the state before the first, which is kept; or read
     // again, in heads of 128, where registers are scarcer and there is one pair.
