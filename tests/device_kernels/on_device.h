@@ -17,7 +17,7 @@ enum class ThreadOrder { kAscending, kDescending, kRandom };
 inline void set_thread_order(ThreadOrder, uint64_t) {}
 
 struct Device {
-  int multiprocessors = 0;
+  int multiprocessors = 0, most_shared_bytes = 0;
 };
 inline Device& device() {
   static Device unused;

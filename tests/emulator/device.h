@@ -11,6 +11,7 @@ namespace emulator {
 struct Device {
   int multiprocessors = 4;
   int blocks_each = 2;  // that one multiprocessor holds at once, whatever the kernel
+  int most_shared_bytes = 227 * 1024;  // of a block: sm_90's; 163 KiB on sm_80, 99 KiB on sm_86 and sm_89
 };
 
 struct Launch {

@@ -124,6 +124,7 @@ class Emulator:
     segment_tokens: int = 0
     order: str = "ascending"
     multiprocessors: int = 4
+    most_shared_bytes: int = 227 * 1024  # of a block
     timeout: float = 600
 
     def __post_init__(self):
@@ -162,6 +163,7 @@ class Emulator:
             segment_tokens=self.segment_tokens,
             order=self.order,
             multiprocessors=self.multiprocessors,
+            most_shared_bytes=self.most_shared_bytes,
         )
         return problem, sequences, chunks
 

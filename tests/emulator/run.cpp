@@ -5,7 +5,7 @@
 //   shape BATCH TOKENS HEADS HEAD_SIZE SEQUENCES CHUNKS
 //   constant_decay 0 | 1        fp64 0 | 1
 //   kernel auto | chunk | recurrent        segment_tokens COUNT (0: as planned)
-//   order ascending | descending | random SEED        multiprocessors COUNT
+//   order ascending | descending | random SEED        multiprocessors COUNT        most_shared_bytes COUNT
 //   tensor NAME DTYPE in | out | inout BYTES REMAINDER BATCH_STRIDE TOKEN_STRIDE HEAD_STRIDE
 //   end
 // An array lies at REMAINDER bytes after a multiple of 256, alone in an allocation that ends with its last byte; what is
@@ -98,6 +98,8 @@ void read_setting(Problem& problem, const std::string& line) {
     words >> problem.forced.segment_tokens;
   } else if (name == "multiprocessors") {
     words >> emulator::device().multiprocessors;
+  } else if (name == "most_shared_bytes") {
+    words >> emulator::device().most_shared_bytes;
   } else if (name == "order") {
     std::string order;
     uint64_t seed = 0;
