@@ -95,13 +95,13 @@ struct WarpRows {
 // One output's rows in global memory, chunk by chunk towards the first token.
 template <class E>
 struct OutputRows {
-  char* at;  // the lane's place in the current chunk
+  char* at = nullptr;  // the lane's place in the current chunk; Eagle has no rows of dw
   int64_t row_bytes;
 
   __device__ __forceinline__ OutputRows(const View& view, const Segment& segment, int64_t head, int64_t token, int row,
                                         int byte)
       : row_bytes(view.token_stride * static_cast<int64_t>(sizeof(E))) {
-    at = reinterpret_cast<char*>(start_of<E>(view, segment, head)) + (token + row) * row_bytes + byte;
+    if (view.data) at = reinterpret_cast<char*>(start_of<E>(view, segment, head)) + (token + row) * row_bytes + byte;
   }
   __device__ __forceinline__ void previous_chunk() { at -= kTreeTokens * row_bytes; }
 };
