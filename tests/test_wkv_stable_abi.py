@@ -14,7 +14,8 @@ from rwkv_ext import _C, _load
 from rwkv_ext.testing import make_inputs
 
 ROOT = Path(__file__).parent.parent
-OPS = [f"wkv{version}_{kind}" for version in (5, 6) for kind in ("forward", "backward", "step")]
+KINDS = ("forward", "backward", "step", "summary", "adjoint_summary")
+OPS = [f"wkv{version}_{kind}" for version in (5, 6) for kind in KINDS]
 
 
 def readelf(*options):
@@ -55,8 +56,13 @@ def test_stable_abi_every_schema_matches_its_kernel():
         token = [x[:, 0] if x.dim() == 4 else x for x in inputs[:4]]
         y = getattr(torch.ops.rwkv_ext, f"{name}_step")(*token, inputs.u, inputs.state, None)
         assert (len(outputs), len(gradients), y.shape) == (4, 6, (1, 2, 4))
+        decay, state = getattr(torch.ops.rwkv_ext, f"{name}_summary")(*inputs[1:4], None)
+        dstate = getattr(torch.ops.rwkv_ext, f"{name}_adjoint_summary")(inputs.r, inputs.w, inputs.v, None)
+        assert (decay.shape, state.shape, dstate.shape) == ((1, 2, 4), (1, 2, 4, 4), (1, 2, 4, 4))
         for key in ("CPU", "CUDA", "Autograd", "AutocastCPU", "AutocastCUDA"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"rwkv_ext::{name}_forward", key), key
+        for kind in KINDS:
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"rwkv_ext::{name}_{kind}", "CUDA"), kind
     assert _load.build_info().keys() == {"cpu_instruction_set", "cuda_version", "cuda_archs", "cuda_ops"}
 
 
