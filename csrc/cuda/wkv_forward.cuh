@@ -127,7 +127,8 @@ __device__ __forceinline__ void advance_state(WarpState<Layout>& state, const ch
   });
 
   static_for<0, Layout::kKeyTiles>([&](auto j) {
-    const float4 r = load_shared<float4>(read + j.value * Tree::kReadTilePitch + lane * 16);
+    const float4 r = load_shared<float4>(read + j.value * Tree::kReadTilePitch +
+                                         (lane * 16 ^ j.value % 2 * Tree::kReadSwap));
     const float4 k = load_shared<float4>(write + group % 2 * Tree::kWritePlane +
                                          (4 * j.value + group / 2) * Tree::kWritePitch + 16 * member);
     const float2 decay = load_shared<float2>(chunk_decay + 8 * j.value + 2 * member);

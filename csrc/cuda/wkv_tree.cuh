@@ -27,8 +27,10 @@ struct TreeLayout {
   static constexpr int kOperandPitch = 2 * kChannels + 16;   // bytes
   static constexpr int kOperandBytes = kTreeTokens * kOperandPitch;  // of a level
 
-  // r~ of a chunk as A fragments: [key tile of 8][lane]{(i, c), (i + 8, c), (i, c + 1), (i + 8, c + 1)}.
-  static constexpr int kReadTilePitch = 32 * 16 + 64;
+  // r~ of a chunk as A fragments: [key tile of 8][lane]{(i, c), (i + 8, c), (i, c + 1), (i + 8, c + 1)}. In odd tiles
+  // neighbouring rows change places (64 bytes apart), so that the lanes that write two tiles at once use all banks.
+  static constexpr int kReadTilePitch = 32 * 16;
+  static constexpr int kReadSwap = 64;
   static constexpr int kReadBytes = kSize / 8 * kReadTilePitch;
 
   // k~ of a chunk as B fragments: [c odd][c / 2][t]{tokens 2t, 2t + 1, 2t + 8, 2t + 9}.
@@ -79,6 +81,7 @@ __device__ __forceinline__ float chunk_factors(const TreeUnit<T>& unit, const fl
   using Layout = TreeLayout<T, kSize>;
   const int lane = lane_index(), pair = lane % (Layout::kChannels / 2);
   const bool stores = Layout::kChannels == 64 || lane < Layout::kChannels / 2;
+  const int swap = pair / 4 % 2 * Layout::kReadSwap;
   char* const read = unit.read + pair / 4 * Layout::kReadTilePitch + pair % 4 * 16;
   char* const write = unit.write + pair * Layout::kWritePitch;
   const auto put = [&](auto level, auto token, float2 x) {  // into X of this level
@@ -142,7 +145,7 @@ __device__ __forceinline__ float chunk_factors(const TreeUnit<T>& unit, const fl
       diagonal[4 * half.value + kPlace] = mine + shuffle_xor(other, 1);
       const float2 low = reads[0][kPlace], high = reads[1][kPlace];
       if (stores)
-        store_shared(read + (4 * half.value + kPlace) * 64,
+        store_shared(read + (4 * half.value + kPlace) * 64 + (kPlace % 2 ? -swap : swap),
                      make_float4(round_tf32(low.x), round_tf32(high.x), round_tf32(low.y), round_tf32(high.y)));
     });
     static_for<0, 2>([&](auto two) {
