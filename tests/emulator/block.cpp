@@ -1,5 +1,7 @@
 #include "block.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <map>
 #include <numeric>
@@ -38,9 +40,9 @@ struct Meeting {
   const char* operation = nullptr;
   Location where;
   std::vector<Thread*> arrived;
-  // What ThreadSanitizer orders by. Two, by turns: a thread that has left this meeting and come to the next must not be
-  // taken as ordered before one that is still leaving this one.
-  char order[2];
+  // Two places that ThreadSanitizer orders by, in turns: a thread that has left this meeting and come to the next must
+  // not be taken as ordered before one that is still leaving this one.
+  char* order = nullptr;
 };
 
 struct Warp {
@@ -59,7 +61,7 @@ struct Running {
   int done = 0;
   Fiber main;
   Stacks stacks;
-  char grid_end;  // what ThreadSanitizer orders the end of a grid by
+  char block_begin, grid_end;  // what ThreadSanitizer orders them by
 };
 
 Running running;
@@ -161,7 +163,7 @@ void wait_here(Thread& self) {
 void meet_in_order(Meeting& meeting, const char* operation, const Location& where) {
   const Unseen unseen;
   Thread& self = *running.thread;
-  char* order = &meeting.order[meeting.number % 2];
+  char* order = meeting.order + 8 * (meeting.number % 2);
   __tsan_release(order);
   if (arrive(meeting, operation, where))
     leave_together(meeting, self);
@@ -170,13 +172,29 @@ void meet_in_order(Meeting& meeting, const char* operation, const Location& wher
   __tsan_acquire(order);
 }
 
-void reset(Meeting& meeting, int expected) {
+void reset(Meeting& meeting, int expected, char* order) {
   meeting.expected = expected;
   meeting.arrived.clear();
+  meeting.order = order;
 }
+
+// The places that the meetings of a block are ordered by: never used before, because they would order blocks.
+class OrderPlaces {
+ public:
+  OrderPlaces() {
+    memory_ = static_cast<char*>(mmap(nullptr, kBytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  }
+  ~OrderPlaces() { munmap(memory_, kBytes); }
+  char* operator[](int meeting) const { return memory_ + 16 * meeting; }
+
+ private:
+  static constexpr size_t kBytes = 4096;
+  char* memory_;
+};
 
 void run_thread() {
   fiber_begins();
+  __tsan_acquire(&running.block_begin);
   Thread& self = *running.thread;
   running.grid->run_thread(running.grid->closure);
   check_no_copies_left();
@@ -187,12 +205,17 @@ void run_thread() {
   fail("a thread that has ended was continued");
 }
 
-void run_block(int64_t block) {
+// Blocks that run after one another have threads of their own in ThreadSanitizer's eyes, so that it sees what two blocks
+// do to the same global memory; the same ones return after so many blocks.
+constexpr int kIdentitySets = 3;
+
+void run_block(int64_t block, int ordinal) {
   const Grid& grid = *running.grid;
   running.block = block;
   running.done = 0;
-  reset(running.block_meeting, grid.threads);
-  for (Warp& warp : running.warps) reset(warp.meeting, 32);
+  const OrderPlaces places;
+  reset(running.block_meeting, grid.threads, places[0]);
+  for (int i = 0; i < grid.threads / 32; ++i) reset(running.warps[i].meeting, 32, places[i + 1]);
   begin_shared_memory(grid.shared_bytes);
   begin_copies(grid.threads);
   running.stacks.reserve(grid.threads);
@@ -204,12 +227,12 @@ void run_block(int64_t block) {
     thread.waits_for = nullptr;
     thread.fiber.stack = running.stacks.stack(i);
     thread.fiber.stack_bytes = Stacks::bytes();
-    prepare(thread.fiber, run_thread);
+    prepare(thread.fiber, run_thread, ordinal % kIdentitySets * grid.threads + i);
     all.push_back(&thread);
   }
   make_ready(all);
+  __tsan_release(&running.block_begin);
   if (grid.threads) run_next_after(running.main);
-  for (Thread& thread : running.threads) discard(thread.fiber);
   end_shared_memory();
 }
 
@@ -234,9 +257,9 @@ void run_grid(const Grid& grid) {
   if (thread_order == ThreadOrder::kDescending) std::reverse(blocks.begin(), blocks.end());
   if (thread_order == ThreadOrder::kRandom)
     for (size_t i = blocks.size(); i > 1; --i) std::swap(blocks[i - 1], blocks[random_below(i)]);
-  for (const int64_t block : blocks) run_block(block);
+  int ordinal = 0;
+  for (const int64_t block : blocks) run_block(block, ordinal++);
   __tsan_acquire(&running.grid_end);
-  forget_discarded();
   running.grid = nullptr;
 }
 

@@ -12,7 +12,6 @@
 extern "C" {
 void* __tsan_get_current_fiber(void);
 void* __tsan_create_fiber(unsigned flags);
-void __tsan_destroy_fiber(void* fiber);
 void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 }
 #endif
@@ -25,11 +24,10 @@ namespace emulator {
 namespace {
 
 constexpr size_t kPage = 4096;
-constexpr size_t kStackBytes = 512 * 1024;  // unoptimised, instrumented kernels keep their "registers" here
+constexpr size_t kStackBytes = 256 * 1024;  // unoptimised, instrumented kernels keep their "registers" here
 
 #if defined(EMULATOR_TSAN)
-constexpr size_t kMostDiscarded = 4096;  // it has numbers for 8000 fibers
-std::vector<void*> discarded;
+std::vector<void*> tsan_fibers;  // by identity; making one is slow, so they are kept
 #endif
 #if defined(EMULATOR_ASAN)
 Fiber* left = nullptr;  // the fiber that the running one was switched from
@@ -70,7 +68,7 @@ void adopt_running([[maybe_unused]] Fiber& fiber) {
 #endif
 }
 
-void prepare(Fiber& fiber, void (*entry)()) {
+void prepare(Fiber& fiber, void (*entry)(), [[maybe_unused]] int identity) {
   fiber.entry = entry;
 #if defined(__x86_64__)
   void** top = reinterpret_cast<void**>(fiber.stack + fiber.stack_bytes - 64);
@@ -86,7 +84,8 @@ void prepare(Fiber& fiber, void (*entry)()) {
   makecontext(&fiber.context, entry, 0);
 #endif
 #if defined(EMULATOR_TSAN)
-  fiber.tsan_fiber = __tsan_create_fiber(0);
+  while (static_cast<int>(tsan_fibers.size()) <= identity) tsan_fibers.push_back(__tsan_create_fiber(0));
+  fiber.tsan_fiber = tsan_fibers[identity];
 #endif
 #if defined(EMULATOR_ASAN)
   fiber.asan_fake_stack = nullptr;
@@ -122,20 +121,6 @@ void switch_fiber(Fiber& from, Fiber& to) {
 #endif
 #if defined(EMULATOR_ASAN)
   __sanitizer_finish_switch_fiber(from.asan_fake_stack, nullptr, nullptr);
-#endif
-}
-
-void discard([[maybe_unused]] Fiber& fiber) {
-#if defined(EMULATOR_TSAN)
-  discarded.push_back(fiber.tsan_fiber);
-  if (discarded.size() >= kMostDiscarded) forget_discarded();
-#endif
-}
-
-void forget_discarded() {
-#if defined(EMULATOR_TSAN)
-  for (void* fiber : discarded) __tsan_destroy_fiber(fiber);
-  discarded.clear();
 #endif
 }
 

@@ -25,17 +25,13 @@ struct Fiber {
 // The fiber of the code that calls this, outside all others.
 void adopt_running(Fiber& fiber);
 
-// entry runs when the fiber is first switched to, must not return, and starts with fiber_begins().
-void prepare(Fiber& fiber, void (*entry)());
+// entry runs when the fiber is first switched to, must not return, and starts with fiber_begins(). To ThreadSanitizer
+// fibers with the same identity are one thread, at one time and another.
+void prepare(Fiber& fiber, void (*entry)(), int identity);
 void fiber_begins();
 
 // Continues `to`; returns when somebody continues `from`. ThreadSanitizer sees no order between the two.
 void switch_fiber(Fiber& from, Fiber& to);
-
-// Both when all is over: ThreadSanitizer gives a fiber's number away again, and accesses under the same number count
-// as ordered.
-void discard(Fiber& fiber);
-void forget_discarded();
 
 // Memory for the stacks of count fibers, with an unreadable page below each.
 class Stacks {

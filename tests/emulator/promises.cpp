@@ -82,6 +82,7 @@ __global__ void late_reader_kernel(const __grid_constant__ Arrays p) {
 }
 
 __global__ void two_blocks_kernel(const __grid_constant__ Arrays p) {  // both write the same 32 places
+  block_barrier();
   if (warp_index() == 0) store_global(p.out + lane_index(), 1.0f);
 }
 __global__ void own_places_kernel(const __grid_constant__ Arrays p) {
