@@ -20,8 +20,17 @@ def with_torchs_errors(op, *arguments):
     try:
         return op(*arguments)
     except RuntimeError as error:
-        if type(error) is RuntimeError and "CUDA out of memory" in str(error):
-            raise torch.OutOfMemoryError(str(error)) from None
+        text = str(error)
+        if type(error) is not RuntimeError:
+            raise
+        if "CUDA out of memory" in text:
+            raise torch.OutOfMemoryError(text) from None
+        # Torch before 2.13 names a line of its header and no reason; on a GPU there is one reason for this call.
+        on_gpu = any(getattr(x, "is_cuda", False) for x in arguments)
+        if on_gpu and "new_empty" in text and "API call failed" in text:
+            raise torch.OutOfMemoryError(
+                f"CUDA out of memory in {op}; torch {torch.__version__} does not say how much was asked for"
+            ) from error
         raise
 
 

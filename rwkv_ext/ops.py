@@ -143,10 +143,7 @@ def _forward(name, r, k, v, w, u, state, cu_seqlens):
     inputs = {"r": r, "k": k, "v": v, "w": w, "u": u, "state": state, "cu_seqlens": cu_seqlens}
     tensors = _tensors_of(name.removesuffix("_forward"), inputs, optional=("state", "cu_seqlens"))
     save = torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values())
-    op = getattr(torch.ops.rwkv_ext, name)
-    if torch.compiler.is_compiling():
-        return op(*inputs.values(), save)[:2]
-    return _registration.with_torchs_errors(op, *inputs.values(), save)[:2]
+    return _call(name, *inputs.values(), save)[:2]
 
 
 def _step(name, r, k, v, w, u, state, slots):
@@ -160,7 +157,7 @@ def _step(name, r, k, v, w, u, state, slots):
                     f"{name}: {argument} must not require a gradient, because this op has none; call it under "
                     f"torch.no_grad(), or use {name.removesuffix('_step')} to train"
                 )
-    y = getattr(torch.ops.rwkv_ext, name)(*inputs.values())
+    y = _call(name, *inputs.values())
     # The dispatcher does not count the in-place change; without this autograd would miss a stale saved state.
     torch.autograd.graph.increment_version(state)
     return y
@@ -169,7 +166,12 @@ def _step(name, r, k, v, w, u, state, slots):
 def _summary(name, **inputs):
     _load.require_ops()
     _tensors_of(name, inputs, optional=("cu_seqlens",))
-    return getattr(torch.ops.rwkv_ext, name)(*inputs.values())
+    return _call(name, *inputs.values())
+
+
+def _call(name, *arguments):
+    op = getattr(torch.ops.rwkv_ext, name)
+    return op(*arguments) if torch.compiler.is_compiling() else _registration.with_torchs_errors(op, *arguments)
 
 
 def _tensors_of(name, inputs, optional):

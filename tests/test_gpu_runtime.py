@@ -223,7 +223,7 @@ def test_gpu_runtime_memory():
 
 
 def test_gpu_runtime_out_of_memory_is_torchs_own():
-    """torch's error, which names the sizes, and the op works again afterwards."""
+    """Torch's type, with the sizes from torch 2.13 on; and the op works again afterwards."""
     inputs = make_inputs("6.0", 1, 512, 8)
     expected = ops.wkv6(*inputs)[0]
     torch.cuda.empty_cache()
@@ -231,7 +231,7 @@ def test_gpu_runtime_out_of_memory_is_torchs_own():
     # expanded: no memory of its own, but y would need all there is
     tokens = 2 * total // (8 * 64 * 2 * 512)
     huge = [x.expand(int(tokens), *x.shape[1:]) for x in inputs[:4]]
-    with torch.no_grad(), pytest.raises(torch.cuda.OutOfMemoryError, match="Tried to allocate"):
+    with torch.no_grad(), pytest.raises(torch.cuda.OutOfMemoryError, match="CUDA out of memory"):
         ops.wkv6(*huge, inputs.u)
     assert torch.equal(ops.wkv6(*inputs)[0], expected)
 

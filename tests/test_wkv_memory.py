@@ -1,6 +1,7 @@
 """Memory that runs out inside an op: torch's own words and type."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,17 @@ def test_wkv_out_of_memory_keeps_its_type():
         with pytest.raises(type(error), match=str(error)):
             with_torchs_errors(raising(error))
     assert with_torchs_errors(lambda *x: x, 1, 2) == (1, 2)
+
+
+def test_wkv_out_of_memory_has_a_type_where_torch_gives_no_reason():
+    """Torch 2.11 and 2.12 say this of any failed allocation."""
+    error = RuntimeError("aoti_torch_aten_new_empty(self, ...) API call failed at torch/csrc/stable/ops.h, line 70")
+    on_gpu, elsewhere = SimpleNamespace(is_cuda=True), torch.zeros(1)
+    with pytest.raises(torch.OutOfMemoryError, match=f"CUDA out of memory in .*{re.escape(torch.__version__)}"):
+        with_torchs_errors(raising(error), on_gpu)
+    with pytest.raises(RuntimeError, match="API call failed") as caught:
+        with_torchs_errors(raising(error), elsewhere)
+    assert caught.type is RuntimeError
 
 
 @pytest.mark.cpu
