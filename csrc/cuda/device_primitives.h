@@ -168,8 +168,8 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
-// Nearest tf32, ties to even, so that mma_tf32's truncation is exact. NaN stays NaN: adding half a unit to the bits would
-// carry the hardware's NaN over to -0.
+// Nearest tf32, ties to even, so that mma_tf32's truncation is exact. NaN stays NaN: adding half a unit to the bits
+// would carry the hardware's NaN over to -0.
 __device__ __forceinline__ float round_tf32(float x) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   uint32_t bits;

@@ -47,8 +47,9 @@ inline int64_t choose_segments(int64_t blocks, int64_t slots, int64_t most) {
   return best;
 }
 
-// Tokens per segment: a multiple of kChunkTokens. The host does not know packed lengths, only their sum: there two thirds
-// of a slot's share of all tokens is the measure, and sequences that are not much longer stay whole (segments_of_length).
+// Tokens per segment: a multiple of kChunkTokens. The host does not know packed lengths, only their sum: there two
+// thirds of a slot's share of all tokens is the measure, and sequences that are not much longer stay whole
+// (segments_of_length).
 inline int64_t choose_segment_tokens(const WkvShape& shape, int64_t slots) {
   const int64_t blocks = shape.cu_seqlens ? shape.heads : shape.sequences * shape.heads;
   if (blocks == 0 || slots <= 0 || fills(blocks, slots)) return uncut_tokens(shape);

@@ -77,7 +77,8 @@ struct ForwardTask {
 struct BackwardTask {
   WkvBackwardParams op;
   WorkSchedule work;
-  const float* segment_dstates = nullptr;  // [items, H, N, N]: gradient of the state at the end of each segment but the last
+  // [items, H, N, N]: gradient of the state at the end of each segment but a sequence's last
+  const float* segment_dstates = nullptr;
   float* du_partial = nullptr;             // [items, H, N]
   float* dw_partial = nullptr;             // [items, H, N] (Eagle)
 };
