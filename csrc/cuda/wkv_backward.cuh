@@ -232,8 +232,9 @@ struct BackwardBlock {
     if constexpr (!kConstantDecay) {
       const int result = sizeof(T) == sizeof(W) ? lane.result : DecayRows::place(Layout::kDecayPitch);
       DecayRows::store(dw.at, dw.row_bytes, w_rows + result, Layout::kDecayPitch, tokens_left);
+      dw.previous_chunk();
     }
-    dr.previous_chunk(), dk.previous_chunk(), dw.previous_chunk(), dv.previous_chunk();
+    dr.previous_chunk(), dk.previous_chunk(), dv.previous_chunk();
   }
 
   // What is left at the first token: the sums over tokens, and G.
@@ -286,9 +287,11 @@ __global__ void __launch_bounds__(BackwardLayout<T, W, kSize, kConstantDecay>::k
     block_barrier();   // everyone's; and nobody needs the rows before the stage, whose place the exchange takes
     state.put(shared.state);
 
-#pragma unroll 1
-    for (int chunk = warp_index(); chunk < Layout::kChunks; chunk += Layout::kWarps)
-      store_pair_scores<T, Layout>(shared, chunk, LaneOffsets::get(shared).pair);  // needed after an exchange only
+    static_for<0, Layout::kChunks, Layout::kWarps>([&](auto first) {  // read after an exchange only
+      const int chunk = first.value + warp_index();
+      if (Layout::kChunks % Layout::kWarps == 0 || chunk < Layout::kChunks)
+        store_pair_scores<T, Layout>(shared, chunk, LaneOffsets::get(shared).pair);
+    });
 
     // Chunks in pairs: the state before the second follows from the state before the first, which is kept; or read
     // again, in heads of 128, where registers are scarcer and there is one pair.

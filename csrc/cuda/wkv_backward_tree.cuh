@@ -22,7 +22,7 @@ namespace rwkv {
 // ---- decays of a chunk ----
 
 struct ChunkDecay {
-  ChunkValues exponent;  // exp(x) log2(e)
+  ChunkValues exponent;  // exp(x) log2(e) (Finch)
   ChunkValues w;
   float front[2], back[2];  // products over the first and the last two tokens of the quad
   float sibling[2];         // over the other quad of the octet
@@ -50,9 +50,9 @@ __device__ __forceinline__ void load_decay(ChunkDecay& decay, const char* rows, 
   using W = typename Layout::Decay;
   const int channel = 16 * warp_index(), group = lane_index() / 4, token = lane_index() % 4 * 4;
   if constexpr (Layout::kConstantDecay) {
+    const float w[2] = {exp2_fast(-constant_exponent[0]), exp2_fast(-constant_exponent[1])};
     static_for<0, 8>([&](auto i) {
-      decay.exponent[i.value / 4][i.value % 4] =
-          token + i.value % 4 < tokens_left ? constant_exponent[i.value / 4] : 0.f;
+      decay.w[i.value / 4][i.value % 4] = token + i.value % 4 < tokens_left ? w[i.value / 4] : 1.f;
     });
   } else {
     ChunkValues x;
@@ -65,12 +65,11 @@ __device__ __forceinline__ void load_decay(ChunkDecay& decay, const char* rows, 
       });
     }
     static_for<0, 8>([&](auto i) {
-      decay.exponent[i.value / 4][i.value % 4] = decay_exponent(x[i.value / 4][i.value % 4]);
+      const float exponent = decay_exponent(x[i.value / 4][i.value % 4]);
+      decay.exponent[i.value / 4][i.value % 4] = exponent;
+      decay.w[i.value / 4][i.value % 4] = exp2_fast(-exponent);
     });
   }
-  static_for<0, 8>([&](auto i) {
-    decay.w[i.value / 4][i.value % 4] = exp2_fast(-decay.exponent[i.value / 4][i.value % 4]);
-  });
   decay.multiply_up();
 }
 
@@ -210,12 +209,9 @@ __device__ __forceinline__ void store_pair_scores(const BackwardShared<Layout>& 
     store_shared(to + half.value * 512, make_float4(b[0], b[1], b[2], b[3]));
   });
   char* const near = shared.near + chunk * Layout::kNearBytes + place.offset() / 16 % 4 * 32;
-  if (place.is(kLevel1)) {
-    if (place.offset() & 4 * 16)
-      store_shared(near, make_float4(of_dy[0][0], of_dy[0][1], of_dy[1][2], of_dy[1][3]));
-    else
-      store_shared(near + 16, make_float2(of_dy[0][0], of_dy[1][2]));
-  }
+  const bool odd = place.offset() & 4 * 16;  // the second token
+  if (place.is(kLevel1) && odd) store_shared(near, make_float4(of_dy[0][0], of_dy[0][1], of_dy[1][2], of_dy[1][3]));
+  if (place.is(kLevel1) && !odd) store_shared(near + 16, make_float2(of_dy[0][0], of_dy[1][2]));
 }
 
 // ---- gradients of a chunk ----
