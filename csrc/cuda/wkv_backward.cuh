@@ -55,10 +55,10 @@ struct BackwardBlock {
       : op(task.op),
         last_token(static_cast<int>(segment.item.tokens) - 1),
         last_stage(last_token < 0 ? -1 : last_token / Layout::kTokens * Layout::kTokens),
-        dr(op.dr, segment, head, last_chunk(), Rows::row(), Rows::byte()),
-        dk(op.dk, segment, head, last_chunk(), Rows::row(), Rows::byte()),
+        dr(op.dr, segment, head, last_chunk(), Rows::token(), Rows::byte()),
+        dk(op.dk, segment, head, last_chunk(), Rows::token(), Rows::byte()),
         dv(op.dv, segment, head, last_chunk(), ValueRows::row(), 2 * ValueRows::value()),
-        dw(op.dw, segment, head, last_chunk(), DecayRows::row(), DecayRows::byte()) {
+        dw(op.dw, segment, head, last_chunk(), DecayRows::token(), DecayRows::byte()) {
     static_for<0, 2>([&](auto c) {
       const int channel = 16 * warp_index() + lane_index() / 4 + 8 * c.value;
       u[c.value] = load_element<float>(op.u, head * op.u.head_stride + channel);

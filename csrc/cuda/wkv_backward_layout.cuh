@@ -20,8 +20,9 @@ __device__ __forceinline__ float tf32_operand(float x) {
 
 using ChunkValues = float[2][4];  // [channel g or g + 8][token of the quad]
 
-// Byte offsets and sizes. A stage is what a block holds in shared memory at once: kChunks chunks. Rows have an odd
-// number of 16-byte pieces, so that the rows of a matrix lie in different banks.
+// Byte offsets and sizes. A stage is what a block holds in shared memory at once: kChunks chunks. The rows of a
+// chunk lie in the order of the fragments (row_of_token) and have an odd number of 16-byte pieces: the eight rows of a
+// matrix are neighbours and in different banks.
 template <class T, class W, int kHeadSize, bool kConstant>
 struct BackwardLayout {
   using Activation = T;
@@ -131,8 +132,12 @@ struct BackwardShared {
   __device__ __forceinline__ StateRows<Layout> state_rows() const { return {k, v, w}; }
 };
 
-// The token that a fragment's row or column of that number stands for.
-__device__ __forceinline__ int token_of_row(int row) { return row % 8 / 2 * 4 + row / 8 * 2 + row % 2; }
+// The token that a fragment's row or column of that number stands for; a chunk's rows in shared memory likewise.
+__device__ __forceinline__ constexpr int token_of_row(int row) { return row % 8 / 2 * 4 + row / 8 * 2 + row % 2; }
+// The inverse, for any token of a stage: chunk after chunk.
+__device__ __forceinline__ constexpr int row_of_token(int token) {
+  return token / 16 * 16 + token % 4 / 2 * 8 + token % 16 / 4 * 2 + token % 2;
+}
 
 // The rows that a lane names to load_matrices, as byte offsets into a chunk's rows.
 // Transposed, d[h + 2c]: tokens of half h, columns 8c to 8c + 7 from the given column on; two second operands.
@@ -140,19 +145,19 @@ __device__ __forceinline__ int token_of_row(int row) { return row % 8 / 2 * 4 + 
 template <int kPitch>
 __device__ __forceinline__ int square_row() {
   const int lane = lane_index();
-  return token_of_row(lane % 16) * kPitch + lane / 16 * 16;
+  return lane % 16 * kPitch + lane / 16 * 16;
 }
 // As stored, d[c + 2h]: the same; two second operands.
 template <int kPitch>
 __device__ __forceinline__ int turned_square_row() {
   const int lane = lane_index();
-  return token_of_row(lane % 8 + lane / 16 * 8) * kPitch + lane / 8 % 2 * 16;
+  return (lane % 8 + lane / 16 * 8) * kPitch + lane / 8 % 2 * 16;
 }
-// As stored, d[m]: the eight tokens of half 0 (half 1 is two rows on), columns 8m to 8m + 7.
+// As stored, d[m]: the eight tokens of half 0 (half 1 is eight rows on), columns 8m to 8m + 7.
 template <int kPitch>
 __device__ __forceinline__ int wide_row() {
   const int lane = lane_index();
-  return token_of_row(lane % 8) * kPitch + lane / 8 * 16;
+  return lane % 8 * kPitch + lane / 8 * 16;
 }
 
 // Visits pairs of neighbouring tokens of one channel: visit(c, h, index of the pair in load_matrices_transposed's d).

@@ -29,21 +29,24 @@ __device__ __forceinline__ void copy_stage(char* to, const E* start, int64_t tok
   const int64_t row_bytes = token_stride * static_cast<int64_t>(sizeof(E));
   const char* source =
       reinterpret_cast<const char*>(start) + static_cast<uint32_t>(token + row) * row_bytes + 16 * piece;
-  char* const target = to + row * kPitch + 16 * piece;
+  static_assert(kRowsAtOnce == 8 || kRowsAtOnce == 16);  // one step between tokens is one step between rows
+  char* const target = to + row_of_token(row) * kPitch + 16 * piece;
   if (wanted >= Layout::kTokens) {
     static_for<0, Layout::kTokens / kRowsAtOnce>([&](auto n) {
-      copy_async(target + n.value * kRowsAtOnce * kPitch, source);
+      copy_async(target + row_of_token(n.value * kRowsAtOnce) * kPitch, source);
       source += kRowsAtOnce * row_bytes;
     });
   } else {
 #pragma unroll 1
-    for (int n = 0; n < Layout::kTokens / kRowsAtOnce; ++n) {
-      if (row + n * kRowsAtOnce < wanted)
-        copy_async(target + n * kRowsAtOnce * kPitch, source);
-      else
-        store_shared(target + n * kRowsAtOnce * kPitch, make_uint4(beyond, beyond, beyond, beyond));
-      source += kRowsAtOnce * row_bytes;
-    }
+    for (int chunk = 0; chunk < Layout::kTokens; chunk += kTreeTokens)
+      static_for<0, kTreeTokens / kRowsAtOnce>([&](auto n) {
+        char* const to_row = target + (chunk + row_of_token(n.value * kRowsAtOnce)) * kPitch;
+        if (row + chunk + n.value * kRowsAtOnce < wanted)
+          copy_async(to_row, source);
+        else
+          store_shared(to_row, make_uint4(beyond, beyond, beyond, beyond));
+        source += kRowsAtOnce * row_bytes;
+      });
   }
 }
 
@@ -62,21 +65,27 @@ __device__ __forceinline__ void store_decay_gradient(char* rows, const ChunkValu
   if constexpr (sizeof(W) == 2) {
     store_chunk<W>(rows + square_row<Layout::kDecayPitch>() + 32 * warp_index(), dw);
   } else {
-    char* const own =
-        rows + lane_index() % 4 * 4 * Layout::kDecayPitch + 4 * (16 * warp_index() + lane_index() / 4);
+    char* const own = rows + row_of_token(lane_index() % 4 * 4) * Layout::kDecayPitch +
+                      4 * (16 * warp_index() + lane_index() / 4);
     static_for<0, 8>([&](auto i) {
-      store_shared(own + i.value % 4 * Layout::kDecayPitch + i.value / 4 * 32, dw[i.value / 4][i.value % 4]);
+      store_shared(own + row_of_token(i.value % 4) * Layout::kDecayPitch + i.value / 4 * 32,
+                   dw[i.value / 4][i.value % 4]);
     });
   }
 }
 
-// A lane's 16 bytes of a row, and its rows.
+// A lane's 16 bytes of a row, and its rows. Eight lanes read shared memory at a time, in different banks: their rows
+// are two apart, or four where a row has four pieces.
 template <class E>
 struct WarpRows {
   static constexpr int kPieces = static_cast<int>(sizeof(E));  // of a row: 16 channels
   static constexpr int kRowsAtOnce = 32 / kPieces;
 
-  static __device__ __forceinline__ int row() { return lane_index() / kPieces; }
+  static __device__ __forceinline__ int row() {
+    const int lane = lane_index();
+    return kPieces == 2 ? lane % 8 / 2 * 2 + lane / 8 % 2 + lane / 16 * 8 : lane % 8 / 4 * 4 + lane / 8;
+  }
+  static __device__ __forceinline__ int token() { return token_of_row(row()); }
   static __device__ __forceinline__ int byte() {
     return 16 * warp_index() * static_cast<int>(sizeof(E)) + lane_index() % kPieces * 16;
   }
@@ -85,9 +94,9 @@ struct WarpRows {
   static __device__ __forceinline__ void store(char* to, int64_t row_bytes, const char* from, int pitch,
                                                int tokens_left) {
     static_for<0, kTreeTokens / kRowsAtOnce>([&](auto n) {
-      constexpr int kRow = n.value * kRowsAtOnce;
+      constexpr int kRow = n.value * kRowsAtOnce, kToken = token_of_row(kRow);
       const uint4 piece = load_shared<uint4>(from + kRow * pitch);
-      if (row() + kRow < tokens_left) store_global(to + kRow * row_bytes, piece);
+      if (token() + kToken < tokens_left) store_global(to + kToken * row_bytes, piece);
     });
   }
 };

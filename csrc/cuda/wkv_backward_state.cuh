@@ -150,7 +150,7 @@ __device__ __forceinline__ void contract(float (&product)[2][4], const KeyRows<k
   for_each_operand<T>(x, [&](int q, const float (&a)[4]) {
     visit(q, a);
     static_for<0, 2>([&](auto half) {
-      if (q % 4 == 0) load_matrices(rows[half.value], row + 2 * half.value * kPitch + 16 * q);
+      if (q % 4 == 0) load_matrices(rows[half.value], row + 8 * half.value * kPitch + 16 * q);
       const float2 b = unpack<T>(rows[half.value][q % 4]);
       if (q == 0)
         mma_tf32_from_zero(product[half.value], a, b.x, b.y);

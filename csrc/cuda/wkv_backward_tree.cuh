@@ -59,9 +59,10 @@ __device__ __forceinline__ void load_decay(ChunkDecay& decay, const char* rows, 
     if constexpr (sizeof(W) == 2) {
       load_chunk<W>(x, rows + square_row<Layout::kDecayPitch>() + 2 * channel);
     } else {
-      const char* const own = rows + token * Layout::kDecayPitch + 4 * (channel + group);
+      const char* const own = rows + row_of_token(token) * Layout::kDecayPitch + 4 * (channel + group);
       static_for<0, 8>([&](auto i) {
-        x[i.value / 4][i.value % 4] = load_shared<float>(own + i.value % 4 * Layout::kDecayPitch + i.value / 4 * 32);
+        x[i.value / 4][i.value % 4] =
+            load_shared<float>(own + row_of_token(i.value % 4) * Layout::kDecayPitch + i.value / 4 * 32);
       });
     }
     static_for<0, 8>([&](auto i) {

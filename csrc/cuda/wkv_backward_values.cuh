@@ -99,7 +99,7 @@ struct ValueRows {
     });
   }
 
-  // + A^T dy; scores[half]: A of tokens 8 half + 2t and + 1 at this lane's two columns; dy: the chunk's rows.
+  // + A^T dy; scores[half]: A of tokens 4t + 2 half and + 1 at this lane's two columns; dy: the chunk's rows.
   template <class T, int kPitch>
   __device__ __forceinline__ void add_scores(const float2 (&scores)[2][2], const char* dy) {
     const int group = lane_index() / 4, member = lane_index() % 4;
@@ -129,17 +129,16 @@ struct ValueRows {
 
 // A of a chunk as add_scores wants it. dy is 0 past the end, so any row will do there.
 __device__ __forceinline__ void load_scores(float2 (&scores)[2][2], const float* chunk, int tokens_left) {
-  const float* const from = chunk + lane_index() % 4 * 2 * kTreeTokens + lane_index() / 4 * 2;
+  const float* const from = chunk + lane_index() % 4 * 4 * kTreeTokens + lane_index() / 4 * 2;
   const auto load = [&](int last) {
     static_for<0, 4>([&](auto i) {
-      constexpr int kRow = 8 * (i.value / 2) + i.value % 2;
-      scores[i.value / 2][i.value % 2] = load_global<float2>(from + (kRow < last ? kRow : last) * kTreeTokens);
+      scores[i.value / 2][i.value % 2] = load_global<float2>(from + (i.value < last ? i.value : last) * kTreeTokens);
     });
   };
   if (tokens_left >= kTreeTokens)
     load(kTreeTokens);
   else
-    load(tokens_left - 1 - lane_index() % 4 * 2);
+    load(tokens_left - 1 - lane_index() % 4 * 4);
 }
 
 }  // namespace rwkv
