@@ -95,11 +95,21 @@ def short(name: str) -> str:
     return re.sub(r"rwkv::|^void |\(.*\)$", "", name)
 
 
+def included(source: Path) -> list[Path]:
+    """Return the source and the project's headers that it includes, directly or not."""
+    found, waiting = [], [source]
+    while waiting:
+        file = waiting.pop()
+        found.append(file)
+        names = re.findall(r'^#include "(.+)"', file.read_text(), flags=re.M)
+        waiting += [x for x in (ROOT / "csrc" / name for name in names) if x not in found + waiting]
+    return sorted(found)
+
+
 def compile_for(source: Path, arch: str) -> Path:
     """Return the cubin; what ptxas said lies beside it."""
-    files = sorted([*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.h"), *ROOT.glob("csrc/cuda/*.cuh"), source])
     known = hashlib.sha256(repr((FLAGS, arch, nvcc_release())).encode())
-    for file in files:
+    for file in included(source):
         known.update(file.read_bytes())
     OUT.mkdir(parents=True, exist_ok=True)
     cubin = OUT / f"{source.stem}-{arch}-{known.hexdigest()[:20]}.cubin"
