@@ -205,8 +205,8 @@ void run_thread() {
   fail("a thread that has ended was continued");
 }
 
-// Blocks that run after one another have threads of their own in ThreadSanitizer's eyes, so that it sees what two blocks
-// do to the same global memory; the same ones return after so many blocks.
+// Blocks that run after one another have threads of their own in ThreadSanitizer's eyes, so that it sees what two
+// blocks do to the same global memory; the same ones return after so many blocks.
 constexpr int kIdentitySets = 3;
 
 void run_block(int64_t block, int ordinal) {

@@ -1,6 +1,6 @@
 // Runs one op through the entry points of csrc/cuda/wkv_launch.h on the emulated device, or on a GPU:
 //   run PROBLEM RESULT
-// PROBLEM is a text header, one setting or tensor a line, then the bytes of all input tensors in the order of the header:
+// PROBLEM is a text header, one setting or tensor a line, then the bytes of all input tensors in the header's order:
 //   op forward | backward | summary | adjoint_summary | step
 //   shape BATCH TOKENS HEADS HEAD_SIZE SEQUENCES CHUNKS
 //   constant_decay 0 | 1        fp64 0 | 1
@@ -8,8 +8,8 @@
 //   order ascending | descending | random SEED        multiprocessors COUNT        most_shared_bytes COUNT
 //   tensor NAME DTYPE in | out | inout BYTES REMAINDER BATCH_STRIDE TOKEN_STRIDE HEAD_STRIDE
 //   end
-// An array lies at REMAINDER bytes after a multiple of 256, alone in an allocation that ends with its last byte; what is
-// only written starts as NaN. RESULT gets the bytes of all out and inout tensors in order. What was launched is printed.
+// An array lies at REMAINDER bytes after a multiple of 256, alone in an allocation that ends with its last byte; what
+// is only written starts as NaN. RESULT gets the bytes of all out and inout tensors in order. Launches are printed.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -197,8 +197,9 @@ int plan_and_launch(const Params& params, const WkvForced& forced,
                     int (*launch_op)(const Params&, const WkvPlan&, void*, void*)) {
   WkvPlan plan;
   if (const int error = plan_op(params, forced, plan)) return error;
-  std::cout << "plan " << (plan.kernel == WkvKernel::kChunk ? "chunk" : "recurrent") << " " << plan.segment_tokens << " "
-            << plan.items << " " << plan.workspace_bytes << std::endl;
+  const char* kernel = plan.kernel == WkvKernel::kChunk ? "chunk" : "recurrent";
+  std::cout << "plan " << kernel << " " << plan.segment_tokens << " " << plan.items << " " << plan.workspace_bytes
+            << std::endl;
   void* workspace = allocate(plan.workspace_bytes);
   const int error = launch_op(params, plan, workspace, nullptr);
   emulator::release(workspace);

@@ -42,8 +42,8 @@ enum class Space { kShared, kGlobal };
 inline void check_address(const char* primitive, const void* address, Space space, int alignment,
                           const SourceLine& where) {
   if (reinterpret_cast<uintptr_t>(address) % alignment)
-    emulator::fail("misaligned: ", primitive, " at ", emulator::text_of(where), " needs an address that is a multiple of ",
-                   alignment, ", got one with remainder ", reinterpret_cast<uintptr_t>(address) % alignment);
+    emulator::fail("misaligned: ", primitive, " at ", emulator::text_of(where), " needs an address that is a multiple",
+                   " of ", alignment, ", got one with remainder ", reinterpret_cast<uintptr_t>(address) % alignment);
   if (emulator::is_shared(address) != (space == Space::kShared))
     emulator::fail("wrong memory: ", primitive, " at ", emulator::text_of(where), " got an address in ",
                    space == Space::kShared ? "global" : "shared", " memory");
