@@ -7,6 +7,7 @@
 
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,6 +43,11 @@ class Plan(NamedTuple):
 class Saved(NamedTuple):
     chunk_states: Tensor
     scores: Tensor
+
+
+@cache
+def program_of(variant: Variant) -> Path:
+    return build(variant)  # looks at every source: once in a process is enough
 
 
 def name_of(dtype):
@@ -133,7 +139,7 @@ class Emulator:
 
     def call(self, problem: Problem) -> dict[str, Tensor]:
         if self.program is None:
-            self.program = build(self.variant)
+            self.program = program_of(self.variant)
         with tempfile.TemporaryDirectory() as folder:
             paths = Path(folder, "problem"), Path(folder, "result")
             problem.write(paths[0])
