@@ -228,9 +228,10 @@ class RecurrentBackwardSlice {
       sum_rows<Real, kSize>(at_);
       reverse_block(block_state(chunk, block), g);
       block_barrier();  // every thread's sums are in shared memory
+      // No barrier after these: a thread reads only those elements of the rows that it writes itself when the next ones
+      // arrive, and the sums are written again after the barrier that follows.
       store_keys(token, du, dw);
       store_values(token);
-      block_barrier();  // the rows and sums have been read
     }
     du_ += du, dw_ += dw;  // fp32 sums stay inside a chunk
   }
