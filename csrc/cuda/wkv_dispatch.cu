@@ -67,6 +67,19 @@ RecurrentScratch take_scratch(const WkvBackwardParams& p, const RecurrentBackwar
   return scratch;
 }
 
+// Plans an op whose kernels need no scratch of their own; slots are those of its chunk kernel.
+int plan_without_scratch(const WkvShape& shape, WkvPass pass, Dtype activation, int64_t slots, const WkvForced& forced,
+               WkvPlan& plan) {
+  WkvKernel kernel;
+  if (!choose(shape, activation, slots, forced, kernel)) return kNotSupported;
+  if (kernel == WkvKernel::kRecurrent)
+    if (const int error = recurrent_forward_slots(shape, slots)) return error;
+  plan = plan_segments(shape, pass, kernel, slots, forced.segment_tokens);
+  return 0;
+}
+
+static_assert(sizeof(WorkItem) == kWorkItemBytes);
+
 // Which block works on what; packed, a kernel writes that down first.
 int make_schedule(const WkvShape& shape, const WkvPlan& plan, const WkvWorkspace& at, void* workspace, void* stream,
                   WorkSchedule& work) {
@@ -123,12 +136,7 @@ int plan_wkv_forward(const WkvForwardParams& p, const WkvForced& forced, WkvPlan
     if (const int error = backward_slots(p.shape, p.r.dtype, p.w.dtype, backward)) return error;
     if (backward == 0) slots = 0;
   }
-  WkvKernel kernel;
-  if (!choose(p.shape, p.r.dtype, slots, forced, kernel)) return kNotSupported;
-  if (kernel == WkvKernel::kRecurrent)
-    if (const int error = recurrent_forward_slots(p.shape, slots)) return error;
-  plan = plan_segments(p.shape, WkvPass::kForward, kernel, slots, forced.segment_tokens);
-  return 0;
+  return plan_without_scratch(p.shape, WkvPass::kForward, p.r.dtype, slots, forced, plan);
 }
 
 int launch_wkv_forward(const WkvForwardParams& p, const WkvPlan& plan, void* workspace, void* stream) {
@@ -201,12 +209,7 @@ int launch_wkv_backward(const WkvBackwardParams& p, const WkvPlan& plan, void* w
 int plan_wkv_summary(const WkvSummaryParams& p, const WkvForced& forced, WkvPlan& plan) {
   int64_t slots = 0;
   if (const int error = summary_slots(p.shape, p.k.dtype, p.w.dtype, slots)) return error;
-  WkvKernel kernel;
-  if (!choose(p.shape, p.k.dtype, slots, forced, kernel)) return kNotSupported;
-  if (kernel == WkvKernel::kRecurrent)
-    if (const int error = recurrent_forward_slots(p.shape, slots)) return error;
-  plan = plan_segments(p.shape, WkvPass::kSummary, kernel, slots, forced.segment_tokens);
-  return 0;
+  return plan_without_scratch(p.shape, WkvPass::kSummary, p.k.dtype, slots, forced, plan);
 }
 
 int launch_wkv_summary(const WkvSummaryParams& p, const WkvPlan& plan, void* workspace, void* stream) {

@@ -30,7 +30,7 @@ struct ForwardLayout {
   static constexpr int kChunks = 2;  // per iteration
   static constexpr int kUnits = kChunks * kUnitsPerChunk;
   static constexpr int kTokens = kChunks * kTreeTokens;
-  static_assert(kUnits <= kWarps && kChunkTokens % kTokens == 0);
+  static_assert(kUnits <= kWarps && kChunkTokens % kTokens == 0 && kTreeTokens == kScoresPerToken);
   static constexpr int kBlocks = kSize == 128 ? 1 : kSize == 64 ? 4 : 6;  // per multiprocessor, at least
 
   static constexpr int kRowBytes = 2 * kSize + 16;  // of r, k, v

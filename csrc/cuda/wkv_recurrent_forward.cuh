@@ -31,7 +31,8 @@ __device__ __forceinline__ void clear_scores(const WkvForwardParams& p, const Se
   const int64_t row = (segment.row * p.shape.heads + head) * p.shape.tokens + segment.item.first_token + first;
   const int t = thread_index() / 4;
   if (t < count && first + t < tokens)
-    store_global<float4>(static_cast<float*>(p.scores) + row * 16 + thread_index() * 4, make_float4(0, 0, 0, 0));
+    store_global<float4>(static_cast<float*>(p.scores) + row * kScoresPerToken + thread_index() * 4,
+                         make_float4(0, 0, 0, 0));
 }
 
 template <class Real, int kSize>

@@ -192,8 +192,8 @@ __device__ __forceinline__ void chunk_scores(const TreeUnit<T>& unit, float diag
     });
     static_for<0, 2>([&](auto e) {
       const int apart = group ^ (2 * member + e.value);
-      const bool here = apart >> kLevel == 1;  // this level is where the two tokens part
       if constexpr (kLevel < 3) {
+        const bool here = apart >> kLevel == 1;  // this level is where the two tokens part
         first[e.value] = here ? left[e.value] : first[e.value];
         second[e.value] = here ? right[2 + e.value] : second[e.value];
       } else {
