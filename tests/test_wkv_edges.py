@@ -151,7 +151,7 @@ def test_wkv_edges_zero_sizes(version, batch, tokens, heads, size):
         actual, expected = (outputs_and_gradients(op[version], inputs) for op in (OPS, REFERENCES))
         for key, x in expected.items():
             assert actual[key].shape == x.shape and actual[key].dtype == x.dtype
-        assert_close_ratio(actual, expected, floor=2e-6)
+        assert_close_ratio(actual, expected, floor=2e-6 if ON_CUDA else 1e-6)
 
 
 def test_wkv_edges_many_sequences_of_one_token():

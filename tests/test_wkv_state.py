@@ -13,9 +13,9 @@ from rwkv_ext.testing import (
 )
 
 PER_TOKEN = ("y", "dr", "dk", "dv", "dw")
-# Each has an empty sequence, one of one token and lengths around blocks of 16 and chunks of 128.
 SUM_FLOOR = 5e-6 if ON_CUDA else None  # sums over tokens: fp32 on a GPU, fp64 on the CPU
 SHORT = 32  # tokens below which a GPU runs another kernel
+# Each has an empty sequence, one of one token and lengths around blocks of 16 and chunks of 128.
 LENGTHS = [[0, 5, 0, 0, 17], [1, 128, 0, 129], [260, 1, 0], [16, 127, 3, 0, 1, 33], [0], [0, 0], [7]]
 
 
