@@ -1,6 +1,8 @@
 """Projection: a bias-free linear layer whose weight is filled by init.py alone, never twice."""
 
-from torch import nn
+from torch import Tensor, nn
+
+from ..matrix_product import linear
 
 
 class Projection(nn.Linear):
@@ -8,6 +10,10 @@ class Projection(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [..., in] to [..., out]."""
+        return linear(x, self.weight)
 
     def reset_parameters(self) -> None:
         """Do nothing: see RWKV.init_weights."""

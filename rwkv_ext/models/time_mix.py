@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..matrix_product import linear
 from .config import RWKVConfig
 from .projection import Projection
 from .token_shift import Packing, shift_tokens
@@ -131,13 +132,14 @@ class FinchTimeMix(TimeMix):
     def mix(self, h: Tensor, previous: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """See TimeMix.mix; omega is [M, H, N]: low-rank products in h's dtype, added to time_decay in fp32."""
         difference = previous - h
-        low = torch.tanh(torch.addcmul(h, difference, self.time_maa_x.flatten().to(h.dtype)) @ self.time_maa_w1)
+        mixed = torch.addcmul(h, difference, self.time_maa_x.flatten().to(h.dtype))
+        low = torch.tanh(linear(mixed, self.time_maa_w1.t()))
         low = low.unflatten(1, (5, -1)).transpose(0, 1)
         # One batched product gives all five vectors, [5, M, D] in the files' order w, k, v, r, g.
         static = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
         weights = torch.baddbmm(torch.cat(static).to(h.dtype), low, self.time_maa_w2)
         w, k, v, r, g = (torch.addcmul(h, difference, weight) for weight in weights.unbind(0))
-        low_decay = torch.tanh(w @ self.time_decay_w1) @ self.time_decay_w2
+        low_decay = linear(torch.tanh(linear(w, self.time_decay_w1.t())), self.time_decay_w2.t())
         wide = torch.promote_types(self.time_decay.dtype, torch.float32)
         omega = self.time_decay.flatten().to(wide) + low_decay.to(wide)
         return *self._heads(r, k, v), F.silu(self.gate(g)), omega.unflatten(1, (self.n_head, self.head_size))
