@@ -9,6 +9,7 @@ from ._load import MissingLibraryError
 SUBCOMMANDS = {
     "doctor": ("rwkv_ext.doctor", "what was built, what runs where, and what to do if something is missing"),
     "data": ("rwkv_ext.data.command", "build, describe and check token shards"),
+    "convert": ("rwkv_ext.convert_command", "a checkpoint in another form: .pth, .safetensors, Hugging Face, FLA"),
     "generate": ("rwkv_ext.generate_command", "write text with a model"),
 }
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..checkpoint import pth
+from ..checkpoint import files as checkpoint_files
+from ..checkpoint.tensors import copied, widest_dtype
 from ..losses import linear_cross_entropy
 from . import init
 from .block import Block
@@ -151,35 +152,68 @@ class RWKV(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | PathLike, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        cls,
+        path: str | PathLike,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        time_state: str | PathLike | None = None,
     ) -> "RWKV":
-        """Load an Eagle or Finch .pth file; version, sizes and ranks come from the tensors' shapes.
+        """Load an Eagle or Finch checkpoint; version, sizes and ranks come from the tensors' shapes.
 
-        dtype None keeps the file's (the widest, where it mixes several). att.time_state tensors, if any, become the
-        state every text starts from. The file is read as it is copied, so memory holds the model once.
-        Raises FileNotFoundError, or ValueError that says what the file is, or names every wrong tensor.
+        path is a .pth or .safetensors file, or a folder with Hugging Face's or flash-linear-attention's layout; see
+        docs/checkpoints.md. dtype None keeps the file's (the widest, where it mixes several). att.time_state tensors,
+        if any, become the state every text starts from; time_state is the path of a file of those alone, see
+        load_time_state. Files are mapped and copied tensor by tensor, so memory holds the model once. Nothing in a
+        file is executed.
+        Raises FileNotFoundError, or ValueError that says what the file is, or names every wrong tensor or setting.
         """
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"from_pretrained: dtype must be a floating-point dtype, got {dtype}; use torch.bfloat16")
-        config, tensors = pth.read(path)
+        config, tensors, *_ = checkpoint_files.read(path)
         with torch.device("meta"):
             model = cls(config)
             if any(name.endswith("att.time_state") for name in tensors):
                 model.enable_time_state()
-        pth.check_names_and_shapes(path, tensors, model.state_dict())
-        if dtype is None:
-            dtype = pth.widest_dtype(tensors)
-        # copy=True: parameters must not be pages of a file that someone may overwrite.
-        loaded = {name: pth.cast(name, x, dtype, device or "cpu", copy=True) for name, x in tensors.items()}
-        model.load_state_dict(loaded, assign=True)
+        dtype = dtype or widest_dtype(tensors)
+        model.load_state_dict(copied(tensors, dtype, device or "cpu"), assign=True)
+        if time_state is not None:
+            model.load_time_state(time_state)
         return model
 
-    def save_pretrained(self, path: str | PathLike, dtype: torch.dtype | None = None) -> None:
-        """Write a .pth file that the official tools load; dtype None means bfloat16, as in the released files.
+    def save_pretrained(
+        self,
+        path: str | PathLike,
+        dtype: torch.dtype | None = None,
+        format: str | None = None,
+        shard_bytes: int = checkpoint_files.SHARD_BYTES,
+    ) -> None:
+        """Write the model; dtype None means bfloat16, as in the released files.
 
-        The file appears whole or not at all: OSError (a full disk, no permission) leaves an earlier one as it was.
+        path says the form: a .pth file that the official tools load, a .safetensors file of the same names, or else a
+        folder with Hugging Face's names and config.json, in shards of at most shard_bytes. format "fla" makes that a
+        folder for flash-linear-attention (Finch alone); "pth", "safetensors", "hf" are for paths that do not say.
+        What is there appears whole or not at all: OSError (a full disk, no permission) leaves an earlier one as it was.
         """
-        pth.write(path, self.state_dict(), dtype or torch.bfloat16)
+        checkpoint_files.write(path, self.config, self.state_dict(), dtype or torch.bfloat16, format, shard_bytes)
+
+    def load_time_state(self, path: str | PathLike) -> None:
+        """Take the tuned initial states of a file that holds blocks.N.att.time_state alone, as state tuning saves them.
+
+        They lie there as [H, N(value), N(key)], the transpose of RWKVState.wkv, and become parameters in the model's
+        dtype. Raises FileNotFoundError, or ValueError where the file holds anything else or suits another size.
+        """
+        tensors = checkpoint_files.read_time_state(path, self.config)
+        weight = self.blocks[0].att.receptance.weight
+        loaded = copied(tensors, weight.dtype, weight.device)
+        self.enable_time_state()
+        self.load_state_dict(loaded, strict=False, assign=True)
+
+    def save_time_state(self, path: str | PathLike, dtype: torch.dtype | None = None) -> None:
+        """Write the tuned initial states alone, as .pth or .safetensors; see load_time_state and save_pretrained."""
+        states = {name: x for name, x in self.state_dict().items() if name.endswith("att.time_state")}
+        if not states:
+            raise ValueError("save_time_state: the model must have a time_state, has none; see enable_time_state()")
+        checkpoint_files.write_time_state(path, states, dtype or torch.bfloat16)
 
     def _layer_states(self, state, batch):
         if state is None and self.blocks[0].att.time_state is None:
