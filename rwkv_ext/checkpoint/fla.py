@@ -139,8 +139,8 @@ def _layer_to_official() -> dict[str, Recipe]:
     recipes |= {ours: Recipe((theirs,), torch.t) for ours, theirs in _TRANSPOSED.items()}
     for row, which in enumerate(_THEIR_ORDER):
         recipes[f"att.time_maa_{which}"] = Recipe((_MIXING,), lambda x, row=row: x[row].reshape(1, 1, -1))
-    recipes["att.time_maa_w1"] = Recipe((_MIXING_IN,), lambda x: _groups(x)[_TO_OFFICIAL].flatten(0, 1).t())
-    recipes["att.time_maa_w2"] = Recipe((_MIXING_OUT,), lambda x: _groups(x.t())[_TO_OFFICIAL])
+    recipes["att.time_maa_w1"] = Recipe((_MIXING_IN,), lambda x: _ordered(_groups(x), _TO_OFFICIAL).flatten(0, 1).t())
+    recipes["att.time_maa_w2"] = Recipe((_MIXING_OUT,), lambda x: _ordered(_groups(x.t()), _TO_OFFICIAL))
     return recipes
 
 
@@ -150,8 +150,8 @@ def _layer_from_official() -> dict[str, Recipe]:
     recipes |= {theirs: Recipe((ours,), torch.t) for ours, theirs in _TRANSPOSED.items()}
     parts = tuple(f"att.time_maa_{which}" for which in _THEIR_ORDER)
     recipes[_MIXING] = Recipe(parts, lambda *vectors: torch.stack([x.flatten() for x in vectors]))
-    recipes[_MIXING_IN] = Recipe(("att.time_maa_w1",), lambda x: _groups(x.t())[_TO_THEIRS].flatten(0, 1))
-    recipes[_MIXING_OUT] = Recipe(("att.time_maa_w2",), lambda x: x[_TO_THEIRS].flatten(0, 1).t())
+    recipes[_MIXING_IN] = Recipe(("att.time_maa_w1",), lambda x: _ordered(_groups(x.t()), _TO_THEIRS).flatten(0, 1))
+    recipes[_MIXING_OUT] = Recipe(("att.time_maa_w2",), lambda x: _ordered(x, _TO_THEIRS).flatten(0, 1).t())
     return recipes
 
 
@@ -162,6 +162,10 @@ def _same(x: Tensor) -> Tensor:
 def _groups(x: Tensor) -> Tensor:
     """Map [5 R, D] to [5, R, D]."""
     return x.unflatten(0, (5, -1))
+
+
+def _ordered(groups: Tensor, order: list[int]) -> Tensor:
+    return torch.stack([groups[i] for i in order])
 
 
 def settings(config: RWKVConfig) -> dict[str, object]:
