@@ -1,130 +1,15 @@
-"""Text from a model, piece by piece as it is decided."""
+"""generate() and generate_batch(): text that continues a prompt, or several at once."""
 
 import operator
-import time
-from collections.abc import Iterable, Iterator
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
 
-import torch
-
-from . import sampling
+from .generation import BatchGeneration, Continuation, GenerateOptions, Generation
+from .generation.options import is_integer
+from .generation.prompt_reader import PromptReader
 from .models import RWKVState
 
-_PREFILL_CHUNK = 1024  # tokens of the prompt at a time: bounds memory, long enough for full speed
-
-
-class Generation(Iterator[str]):
-    """Iterate over the pieces of text; what else is known is in the attributes.
-
-    tokens          ids sampled so far; a stop token is not among them, the tokens of a stop string are
-    finish_reason   None while running, then "length" (max_tokens), "stop" (a stop string) or "stop_token"
-    prompt_tokens   number of tokens of the prompt
-    prefill_seconds time it took to read the prompt; 0 before the first piece is asked for
-    state           see the property
-    """
-
-    def __init__(self, model, tokenizer, prompt, max_tokens, options, penalties, generator, stop, stop_tokens, state):
-        self.tokens: list[int] = []
-        self.finish_reason: str | None = None
-        self.prompt_tokens = len(prompt)
-        self.prefill_seconds = 0.0
-        self._model = model
-        self._state = state
-        self._logits: torch.Tensor | None = None  # [V], what follows the tokens in the state
-        self._pending: int | None = None  # sampled, but not in the state yet
-        self._pieces = self._run(tokenizer, prompt, max_tokens, options, penalties, generator, stop, stop_tokens)
-
-    def __next__(self) -> str:
-        return next(self._pieces)
-
-    @property
-    def state(self) -> RWKVState | None:
-        """A copy of the state (B = 1) after the prompt and all of `tokens`; before the first piece, the given one.
-
-        To go on: generate(model, tokenizer, more_text, state=generation.state). The last token is put in on demand,
-        which is one step of the model.
-        """
-        self._take_pending()
-        return self._state.clone() if self._state is not None else None
-
-    def _take_pending(self) -> None:
-        if self._pending is not None:
-            token = torch.tensor([self._pending], device=self._logits.device)
-            self._logits = self._model.step(token, self._state)[0]
-            self._pending = None
-
-    def _run(self, tokenizer, prompt, max_tokens, options, penalties, generator, stop, stop_tokens):
-        start = time.perf_counter()
-        self._prefill(prompt)
-        banned = _undecodable(tokenizer, self._logits, stop_tokens)
-        counts = torch.zeros(self._logits.shape, device=self._logits.device)
-        self.prefill_seconds = time.perf_counter() - start
-        decoder, text = tokenizer.stream(), StopStrings(stop)
-        reason = "length"
-        for _ in range(max_tokens):
-            self._take_pending()
-            logits = self._logits.masked_fill(banned, float("-inf"))
-            if any(penalties):
-                logits = sampling.penalize(logits, counts, *penalties)
-            token = sampling.sample(logits, *options, generator=generator).item()
-            if token in stop_tokens:
-                reason = "stop_token"
-                break
-            self._pending = token
-            self.tokens.append(token)
-            counts[token] += 1
-            piece = text.push(decoder.push(token))
-            if piece:
-                yield piece
-            if text.found:
-                break
-        piece = "" if text.found else text.push(decoder.flush()) + text.flush()
-        self.finish_reason = "stop" if text.found else reason
-        if piece:
-            yield piece
-
-    @torch.no_grad()
-    def _prefill(self, prompt: list[int]) -> None:
-        """Read the prompt into a new state; the caller's is left as it is."""
-        device = self._model.head.weight.device
-        for i in range(0, len(prompt), _PREFILL_CHUNK):
-            tokens = torch.tensor([prompt[i : i + _PREFILL_CHUNK]], device=device)
-            hidden, self._state = self._model.hidden(tokens, self._state)
-        self._logits = self._model.head(hidden[0, -1])  # [V]: after the last token alone
-
-
-class StopStrings:
-    """Pass text on, in pieces, up to the first stop string, which may be spread over pieces.
-
-    The stop string that is complete first ends the text (of several complete at once, the longest), so the result does
-    not depend on where pieces begin and end. Text that may be the beginning of a stop string is held back.
-    """
-
-    def __init__(self, stop: tuple[str, ...]):
-        self.found: str | None = None
-        self._stop = sorted(stop, key=len, reverse=True)
-        self._held = ""
-
-    def push(self, piece: str) -> str:
-        """Return the text that is now known to belong to the output."""
-        text = self._held + piece
-        ends = [(at + len(stop), stop) for stop in self._stop if (at := text.find(stop)) >= 0]
-        if ends:
-            end, self.found = min(ends, key=lambda item: item[0])
-            self._held = ""
-            return text[: end - len(self.found)]
-        held = max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
-
-    def flush(self) -> str:
-        """Return what was held back: no more text comes."""
-        text, self._held = self._held, ""
-        return text
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of text that begins stop."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+_MAX_SEED = 2**64
 
 
 def generate(
@@ -141,6 +26,15 @@ def generate(
     stop: str | Iterable[str] = (),
     stop_tokens: Iterable[int] = (0,),
     state: RWKVState | None = None,
+    *,
+    min_p: float = 0.0,
+    typical_p: float = 1.0,
+    temperature_first: bool = False,
+    penalty_decay: float = 1.0,
+    penalty_exempt: str | Iterable[int] = (),
+    ban: Iterable[int] = (),
+    logit_bias: Mapping[int, float] | None = None,
+    logprobs: int | None = None,
 ) -> Generation:
     """Return an iterator over the text that continues the prompt; see Generation for state, tokens and reason.
 
@@ -148,9 +42,16 @@ def generate(
     tokenizer    a WorldTokenizer
     prompt       text, bytes, or token ids. Empty: the model starts a document, as after token 0
     max_tokens   at most this many tokens are sampled; 0 only reads the prompt, for its state
-    temperature, top_p, top_k   sampling.probabilities() defines them; temperature 0 takes the most probable token
+    temperature, top_p, top_k, min_p, typical_p   sampling.probabilities() defines them; temperature 0 takes the most
+                 probable token
+    temperature_first   the order of Hugging Face's generate() instead of the `rwkv` package's: see sampling.py
     presence_penalty, frequency_penalty   lower the logits of tokens sampled here before, by a constant and by a
                  multiple of their count; tokens of the prompt do not count
+    penalty_decay   counts are multiplied by it with every token, so that frequency_penalty forgets; presence does not
+    penalty_exempt   ids that no penalty touches; or "rwkv": as in the `rwkv` package, see Penalties
+    ban          ids that are never sampled, stop tokens among them if they are listed
+    logit_bias   what to add to the logits of some ids; -inf bans
+    logprobs     None, or n: keep the log-probability of every sampled token and of the n most probable ones
     seed         an integer makes the text repeatable; None draws a new one
     stop         strings that end the text and are not part of it, wherever tokens begin and end
     stop_tokens  ids that end the text; 0 is the end of a document
@@ -164,75 +65,102 @@ def generate(
         for piece in rwkv_ext.generate(model, WorldTokenizer(), "def main(", seed=1, stop="\\n\\n"):
             print(piece, end="", flush=True)
     """
-    options = (temperature, top_p, top_k)
-    penalties = (presence_penalty, frequency_penalty)
-    sampling.check_options(*options, *penalties)
-    stop, stop_tokens = check_limits(max_tokens, seed, stop, stop_tokens)
+    options = GenerateOptions(
+        max_tokens, temperature, top_p, top_k, presence_penalty, frequency_penalty, stop, stop_tokens, min_p, typical_p,
+        temperature_first, penalty_decay, penalty_exempt, ban, logit_bias, logprobs,
+    )  # fmt: skip
+    return Generation(_begin(model, tokenizer, [prompt], options, seed, state))
+
+
+def generate_batch(
+    model,
+    tokenizer,
+    prompts: Sequence[str | bytes | Iterable[int]],
+    *,
+    seed: int | Sequence[int] | None = None,
+    state: RWKVState | None = None,
+    **options,
+) -> BatchGeneration:
+    """Continue several prompts at once; return an iterator over (row, piece of text).
+
+    prompts   as generate() takes one, of any lengths: they are read packed, without padding
+    seed      row i draws with seed + i; or one seed per row; None draws new ones
+    state     to start from: of 1 sequence for all rows, or of one sequence per row; it is not changed
+    options   those of generate(), the same for all rows
+
+    A row draws with its own seed and is judged by its own logits alone, bit for bit as by itself (on a CPU), and leaves
+    the batch when it ends. So it has the text that generate() writes with its prompt and seed, as long as the logits
+    are equal; matrix products of other sizes may round them differently, and two texts part where a draw falls between
+    two tokens by less than that: hardly ever in fp32, now and then in 16 bits. docs/generation.md has numbers.
+
+    Raises as generate() does; TypeError for an unknown option.
+
+    Example:
+        batch = rwkv_ext.generate_batch(model, WorldTokenizer(), ["def main(", "import "], seed=1, max_tokens=20)
+        for row, piece in batch:
+            ...
+        texts = [row.text for row in batch.rows]
+    """
+    if isinstance(prompts, (str, bytes)):
+        raise TypeError("generate_batch: prompts must be several prompts, got one; use generate(), or [prompt]")
+    return _begin(model, tokenizer, list(prompts), GenerateOptions(**options), seed, state)
+
+
+def check_seed(seed) -> None:
+    """Raise ValueError for what is no seed."""
+    if seed is not None and not (is_integer(seed) and -(2**63) <= seed < _MAX_SEED):
+        raise ValueError(f"generate: seed must be a whole number from -2**63 to 2**64 - 1, got {seed!r}")
+
+
+def _begin(model, tokenizer, prompts, options, seed, state) -> BatchGeneration:
+    vocab_size = model.head.weight.shape[0]
+    options.check_vocabulary(vocab_size)
+    if not prompts:
+        raise ValueError("generate_batch: prompts must hold at least one prompt, got none")
+    seeds = _seeds(seed, len(prompts))
+    prompts = [_token_ids(prompt, tokenizer, vocab_size, state is not None) for prompt in prompts]
+    if state is not None and state.batch != len(prompts):
+        if state.batch != 1:
+            needed = "of 1 sequence" if len(prompts) == 1 else f"of 1 sequence or {len(prompts)}"
+            raise ValueError(f"generate: state must be {needed}, got {state.batch}")
+        state = state.fork(len(prompts))
+    rows = [Continuation(tokenizer, options, *each) for each in zip(seeds, map(len, prompts), strict=True)]
+    return BatchGeneration(model, tokenizer, options, rows, PromptReader(model, prompts, state))
+
+
+def _seeds(seed, n: int) -> list[int]:
+    if seed is None:
+        return [secrets.randbits(63) for _ in range(n)]
+    if isinstance(seed, Sequence) and not isinstance(seed, str):
+        if len(seed) != n:
+            raise ValueError(f"generate_batch: seed must be one number or one per prompt, {n}, got {len(seed)}")
+        seeds = list(seed)
+    else:
+        check_seed(seed)
+        seeds = [(operator.index(seed) + i) % _MAX_SEED if seed >= 0 else seed + i for i in range(n)]
+    for one in seeds:
+        check_seed(one)
+        if one is None:
+            raise ValueError("generate_batch: seed must hold whole numbers, got None; give None alone for new seeds")
+    return [operator.index(one) for one in seeds]
+
+
+def _token_ids(prompt, tokenizer, vocab_size: int, has_state: bool) -> list[int]:
+    """Return the prompt's ids, those of an empty document for nothing."""
     if isinstance(prompt, str):
         prompt = tokenizer.encode(prompt)
     elif isinstance(prompt, bytes):
         prompt = tokenizer.encode_bytes(prompt)
-    prompt = _token_ids(prompt, model.head.weight.shape[0])
-    if not prompt:
-        if state is not None:
-            raise ValueError(
-                "generate: prompt must not be empty when a state is given, which does not hold the next logits; "
-                "start with the text that follows"
-            )
-        prompt = [0]
-    if state is not None and state.wkv.shape[1] != 1:
-        raise ValueError(f"generate: state must be of 1 sequence, got {state.wkv.shape[1]}")
-    generator = torch.Generator()
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    return Generation(model, tokenizer, prompt, max_tokens, options, penalties, generator, stop, stop_tokens, state)
-
-
-def check_limits(max_tokens, seed, stop, stop_tokens) -> tuple[tuple[str, ...], frozenset[int]]:
-    """Return stop and stop_tokens in one form, or raise for what generate() could not obey."""
-    if not _is_integer(max_tokens) or max_tokens < 0:
-        raise ValueError(f"generate: max_tokens must be a whole number >= 0, got {max_tokens!r}")
-    if seed is not None and not (_is_integer(seed) and -(2**63) <= seed < 2**64):
-        raise ValueError(f"generate: seed must be a whole number from -2**63 to 2**64 - 1, got {seed!r}")
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    for text in stop:
-        if not isinstance(text, str):
-            raise TypeError(f"generate: stop must be a string or strings, got {text!r}; token ids go to stop_tokens")
-        if not text:
-            raise ValueError("generate: stop must not hold an empty string, which would end every text; leave it out")
-    stop_tokens = frozenset(stop_tokens)
-    for token in stop_tokens:
-        if not _is_integer(token) or token < 0:
-            raise ValueError(f"generate: stop_tokens must be token ids >= 0, got {token!r}")
-    return stop, stop_tokens
-
-
-def _token_ids(prompt: Iterable[int], vocab_size: int) -> list[int]:
     ids = list(prompt)
     for i, token in enumerate(ids):
-        if not _is_integer(token) or not 0 <= token < vocab_size:
+        if not is_integer(token) or not 0 <= token < vocab_size:
             raise ValueError(
                 f"generate: prompt must hold token ids from 0 to {vocab_size - 1}, got {token!r} at index {i}; "
                 "check the tokenizer against the model's vocabulary"
             )
-    return [operator.index(token) for token in ids]
-
-
-def _is_integer(value) -> bool:
-    try:
-        operator.index(value)
-    except TypeError:
-        return False
-    return True
-
-
-def _undecodable(tokenizer, logits, stop_tokens) -> torch.Tensor:
-    """Return a mask [V] of the ids that stand for no bytes and stop nothing; id 0, the end of a document, is none."""
-    lengths = torch.zeros(logits.shape, dtype=torch.uint8)
-    known = torch.from_numpy(tokenizer.byte_lengths.copy())[: len(lengths)]
-    lengths[: len(known)] = known
-    mask = lengths == 0
-    mask[[0, *(token for token in stop_tokens if token < len(mask))]] = False
-    return mask.to(logits.device)
+    if not ids and has_state:
+        raise ValueError(
+            "generate: prompt must not be empty when a state is given, which does not hold the next logits; "
+            "start with the text that follows"
+        )
+    return [operator.index(token) for token in ids] or [0]

@@ -6,9 +6,9 @@ import time
 
 import torch
 
-from . import sampling
 from .doctor import gpu_problem
-from .generate import check_limits, generate
+from .generate import check_seed, generate
+from .generation import GenerateOptions
 from .models import RWKV
 from .tokenizer import WorldTokenizer
 
@@ -38,8 +38,8 @@ def run(args) -> int:
     penalties = (args.presence_penalty, args.frequency_penalty)
     stop = [text.replace("\\n", "\n") for text in args.stop]
     # What generate() would refuse is refused before gigabytes are loaded.
-    sampling.check_options(args.temperature, args.top_p, args.top_k, *penalties)
-    check_limits(args.max_tokens, args.seed, stop, ())
+    GenerateOptions(args.max_tokens, args.temperature, args.top_p, args.top_k, *penalties, stop)
+    check_seed(args.seed)
     if args.threads is not None:
         if args.threads < 1:
             raise ValueError(f"--threads must be at least 1, got {args.threads}")

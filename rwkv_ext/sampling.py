@@ -1,13 +1,19 @@
-"""From logits to the next token: penalties, top-k, top-p, temperature, one draw. Pure functions, no state.
+"""From logits to the next token: top-k, top-p, min-p, typical-p, temperature, one draw. Pure functions, no state.
 
-Order and rules follow the `rwkv` package: top-p and top-k each choose tokens from the softmax at temperature 1, a
-token must be chosen by both, and temperature then reshapes the survivors only. Three differences: top_p >= 1 means
-off (there, the rounded sum of the probabilities often misses 1.0 and the choice collapses to the most probable
-token); tokens equal to the last one that top-k keeps are kept too; temperature 0 takes the lowest of equal ids.
+Order and rules follow the `rwkv` package: top-p, top-k and min-p each choose tokens from the softmax at temperature 1,
+a token must be chosen by all, and temperature then reshapes the survivors only. typical-p, which that package lacks,
+chooses among the survivors before temperature. Three differences to the package: top_p >= 1 means off (there, the
+rounded sum of the probabilities often misses 1.0 and the choice collapses to the most probable token); tokens equal
+to the last one that top-k keeps are kept too; temperature 0 takes the lowest of equal ids.
 
-Shapes: logits [..., V] in any float dtype; results are computed in fp32 (fp64 for fp64).
+temperature_first is the order of Hugging Face's generate(): temperature, top-k, top-p, min-p, typical-p, each choosing
+from what the one before left, made to sum to 1 again. The one difference: tokens equal to the last one kept are kept.
+
+Shapes: logits [..., V] in any float dtype; results are computed in fp32 (fp64 for fp64). On a CPU every row's result
+has the same bits whatever the other rows are: rows of a batch are sampled as they would be alone.
 """
 
+import hashlib
 import math
 
 import torch
@@ -20,8 +26,9 @@ def check_options(
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int = 0,
-    presence_penalty: float = 0.0,
-    frequency_penalty: float = 0.0,
+    min_p: float = 0.0,
+    typical_p: float = 1.0,
+    temperature_first: bool = False,
 ) -> None:
     """Raise ValueError that names the first option out of range."""
     if not 0 <= temperature < math.inf:
@@ -30,25 +37,31 @@ def check_options(
         raise ValueError(f"sampling: top_p must be >= 0, got {top_p}; 1 turns it off")
     if not 0 <= top_k < math.inf or top_k != int(top_k):
         raise ValueError(f"sampling: top_k must be a whole number >= 0, got {top_k}; 0 turns it off")
-    for name, penalty in (("presence_penalty", presence_penalty), ("frequency_penalty", frequency_penalty)):
-        if not math.isfinite(penalty):
-            raise ValueError(f"sampling: {name} must be finite, got {penalty}; 0 turns it off")
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"sampling: min_p must be from 0 to 1, got {min_p}; 0 turns it off")
+    if not typical_p > 0:
+        raise ValueError(f"sampling: typical_p must be > 0, got {typical_p}; 1 turns it off")
 
 
-def penalize(logits: Tensor, counts: Tensor, presence_penalty: float, frequency_penalty: float) -> Tensor:
-    """Return logits lowered by presence_penalty + count * frequency_penalty where a token's count [..., V] is not 0."""
-    return _wide(logits) - (counts > 0) * presence_penalty - counts * frequency_penalty
-
-
-def probabilities(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> Tensor:
+def probabilities(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    typical_p: float = 1.0,
+    temperature_first: bool = False,
+) -> Tensor:
     """Return the distribution [..., V] that sample() draws from.
 
     top_p: the smallest set of most probable tokens whose probabilities reach top_p, and their equals; 0 leaves the
-    most probable alone. top_k: the k most probable tokens and their equals; 0 is off. temperature 0 puts everything
-    on the most probable token, the lowest id among equals. A logit of -inf bans a token.
+    most probable alone. top_k: the k most probable tokens and their equals; 0 is off. min_p: tokens at least min_p
+    times as probable as the most probable one; 0 is off. typical_p: the smallest set of tokens whose surprise is
+    nearest to the entropy and whose probabilities reach typical_p; 1 is off. temperature 0 puts everything on the
+    most probable token, the lowest id among equals. A logit of -inf bans a token.
     Raises ValueError for logits that hold nan or +inf, or nothing but -inf, and as check_options does.
     """
-    check_options(temperature, top_p, top_k)
+    check_options(temperature, top_p, top_k, min_p, typical_p)
     logits = _wide(logits)
     largest = logits.amax(-1, keepdim=True)
     if not largest.isfinite().all():
@@ -58,47 +71,78 @@ def probabilities(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0, 
         )
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1)
-    logits = logits - largest
-    cutoff = torch.full_like(largest, -math.inf)
-    if 0 < top_k < logits.shape[-1]:
-        cutoff = logits.topk(int(top_k)).values[..., -1:]
-    if top_p < 1:
-        cutoff = cutoff.maximum(_nucleus_cutoff(logits, top_p))
     # A tiny temperature may overflow to -inf, which is right: the largest logit stays 0. Rounded to 0 it would be nan.
     temperature = max(temperature, torch.finfo(logits.dtype).tiny)
-    return (logits.masked_fill(logits < cutoff, -math.inf) / temperature).softmax(-1)
+    logits = logits - largest
+    if temperature_first:
+        logits, temperature = logits / temperature, 1.0
+    survivors = logits
+    if 0 < top_k < logits.shape[-1]:
+        survivors = _from(logits, logits.topk(int(top_k)).values[..., -1:])
+    if top_p < 1:
+        source = survivors if temperature_first else logits
+        survivors = _from(survivors, _cutoff(source, source.softmax(-1), top_p))
+    if min_p > 0:
+        survivors = survivors.masked_fill(logits < math.log(min_p), -math.inf)
+    if typical_p < 1:
+        survivors = _typical(survivors, typical_p)
+    return (survivors / temperature).softmax(-1)
 
 
-def sample(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Draw one token id per row of logits [..., V]; int64 [...].
+def sample(logits: Tensor, *, generator: torch.Generator | None = None, **options) -> Tensor:
+    """Draw one token id per row of logits [..., V]; int64 [...]. options are those of probabilities().
 
     Each row takes one random number from generator (a CPU generator, whatever the device of logits; None is
     torch's global one), so the same seed draws the same tokens on every device, as far as the logits are equal.
     """
-    cumulative = probabilities(logits, temperature, top_p, top_k).cumsum(-1, dtype=torch.float64)
-    uniform = torch.rand(*cumulative.shape[:-1], 1, dtype=torch.float64, generator=generator)
+    uniform = torch.rand(logits.shape[:-1], dtype=torch.float64, generator=generator)
+    return pick(probabilities(logits, **options), uniform)
+
+
+def pick(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """Return the token ids, int64 [...], at which the sums of probabilities [..., V] pass uniform [...] in [0, 1)."""
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+    threshold = uniform.to(cumulative).unsqueeze(-1) * cumulative[..., -1:]
     # The first token whose cumulative sum exceeds the threshold, hence never one of probability 0.
-    return torch.searchsorted(cumulative, uniform.to(logits.device) * cumulative[..., -1:], right=True).squeeze(-1)
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
 
 
-def _nucleus_cutoff(logits: Tensor, top_p: float) -> Tensor:
-    """Return the logit [..., 1] of the token at which the sum of sorted probabilities reaches top_p."""
-    normalizer = logits.logsumexp(-1, keepdim=True)
-    count, vocab = _FIRST_GUESS, logits.shape[-1]
+def uniform(seed: int, position: int) -> float:
+    """Return the number in [0, 1) with which a text of this seed draws its token number `position`.
+
+    A hash, not a generator: it has no state to carry along, so a text that was saved, forked or interrupted goes on
+    as it would have, and the texts of a batch draw as they would alone.
+    """
+    digest = hashlib.blake2b(f"{seed} {position}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def _from(logits: Tensor, cutoff: Tensor) -> Tensor:
+    return logits.masked_fill(logits < cutoff, -math.inf)
+
+
+def _cutoff(keys: Tensor, p: Tensor, mass: float) -> Tensor:
+    """Return the key [..., 1] of the token at which the sum of p, largest keys first, reaches mass."""
+    count, vocab = _FIRST_GUESS, keys.shape[-1]
     while True:
-        candidates = logits.topk(min(count, vocab)).values
-        cumulative = (candidates - normalizer).exp().cumsum(-1, dtype=torch.float64)
-        if count >= vocab or (cumulative[..., -1] >= top_p).all():
+        best = keys.topk(min(count, vocab))
+        cumulative = p.gather(-1, best.indices).cumsum(-1, dtype=torch.float64)
+        if count >= vocab or (cumulative[..., -1] >= mass).all():
             break
         count *= 16
-    last = (cumulative < top_p).sum(-1, keepdim=True).clamp(max=candidates.shape[-1] - 1)
-    return candidates.gather(-1, last)
+    last = (cumulative < mass).sum(-1, keepdim=True).clamp(max=best.values.shape[-1] - 1)
+    return best.values.gather(-1, last)
+
+
+def _typical(logits: Tensor, mass: float) -> Tensor:
+    """Ban all but the smallest set of tokens nearest to the typical surprise, the entropy, that reaches mass."""
+    log_p = logits.log_softmax(-1)
+    p = log_p.exp()
+    # cumsum adds one row as it adds many; torch.sum splits a single long row between threads.
+    entropy = -torch.where(p > 0, p * log_p, 0).cumsum(-1, dtype=torch.float64)[..., -1:].to(log_p)
+    nearness = -(-log_p - entropy).abs()
+    # A banned token is infinitely far; so may the cutoff be, by rounding, but then it bans nothing that was left.
+    return logits.masked_fill(nearness < _cutoff(nearness, p, mass), -math.inf)
 
 
 def _wide(logits: Tensor) -> Tensor:

@@ -13,53 +13,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_cases import random_model
+from script_model import VOCAB, ScriptModel, bytewise
 
 from rwkv_ext.cli import main
-from rwkv_ext.generate import StopStrings, generate
+from rwkv_ext.generate import generate
+from rwkv_ext.generation.stop_strings import StopStrings
 from rwkv_ext.models import RWKVConfig, RWKVState
 from rwkv_ext.tokenizer import WorldTokenizer
 
 TOKENIZER = WorldTokenizer()
-VOCAB = 65536
-END = 0
 CONFIG = RWKVConfig(version="6.0", vocab_size=VOCAB, n_layer=2, n_embd=32, head_size=16, mix_rank=8, decay_rank=8)
-
-
-def bytewise(text: str) -> list[int]:
-    """One token per byte: ids 1 to 256 are the bytes."""
-    return [1 + byte for byte in text.encode()]
-
-
-class ScriptModel:
-    """Says script[i] after the i-th token that follows the prompt, whatever the tokens are; then END for ever.
-
-    The position is kept in the state, and `seen` lists the tokens in the order they went in.
-    """
-
-    def __init__(self, script: list[int], prompt_tokens: int = 1, others: tuple[int, ...] = ()):
-        self.script, self.start, self.others = script, prompt_tokens, others
-        self.seen: list[int] = []
-        self.head = torch.nn.Linear(1, VOCAB, bias=False)
-        self.head.forward = self._logits
-
-    def _logits(self, hidden):
-        position = int(hidden.item()) - self.start
-        logits = torch.zeros(VOCAB)
-        logits[list(self.others)] = 60.0
-        logits[self.script[position] if position < len(self.script) else END] = 50.0
-        return logits
-
-    def hidden(self, tokens, state):
-        self.seen += tokens[0].tolist()
-        before = 0.0 if state is None else state.wkv.item()
-        count = before + 1 + torch.arange(tokens.shape[1], dtype=torch.float32)
-        wkv = count[-1].reshape(1, 1, 1, 1, 1).clone()
-        return count[None, :, None], RWKVState(torch.zeros(1, 1, 1), wkv, torch.zeros(1, 1, 1))
-
-    def step(self, tokens, state):
-        self.seen += tokens.tolist()
-        state.wkv.add_(1)
-        return self._logits(state.wkv)[None]
 
 
 def run(script, **options):
@@ -174,21 +137,6 @@ def test_ids_without_text_are_never_sampled():
     assert list(generation) == [] and generation.finish_reason == "stop_token"
 
 
-def test_penalties_count_only_sampled_tokens():
-    class Flat(ScriptModel):
-        def _logits(self, hidden):
-            logits = torch.full((VOCAB,), -100.0)
-            logits[bytewise("abc")] = torch.tensor([3.0, 2.0, 1.0])
-            return logits
-
-    def text(**options):
-        return "".join(generate(Flat([]), TOKENIZER, "aaa", temperature=0, max_tokens=6, **options))
-
-    assert text() == "aaaaaa"
-    assert text(presence_penalty=1.5) == "abaaaa"
-    assert text(frequency_penalty=0.75) == "aababc"  # 3; 2.25; b 2 > 1.5; 1.5; b 1.25 > 0.75; c 1
-
-
 def test_prompt_is_read_in_chunks_and_sampled_tokens_follow_once():
     prompt = [7] * 2500
     model = ScriptModel(bytewise("abc"), prompt_tokens=2500)
@@ -288,7 +236,20 @@ def test_grad_mode_of_the_caller_survives_between_pieces(model):
         ({"prompt": "", "state": RWKVState.zeros(CONFIG)}, ValueError, "prompt must not be empty when a state is"),
         ({"state": RWKVState.zeros(CONFIG, 2)}, ValueError, "generate: state must be of 1 sequence, got 2"),
         ({"temperature": -1}, ValueError, "sampling: temperature must be >= 0"),
-        ({"frequency_penalty": float("inf")}, ValueError, "sampling: frequency_penalty must be finite"),
+        ({"frequency_penalty": float("inf")}, ValueError, "generate: frequency_penalty must be finite, got inf; 0 turns"),
+        ({"presence_penalty": float("nan")}, ValueError, "generate: presence_penalty must be finite, got nan"),
+        ({"penalty_decay": 1.1}, ValueError, "generate: penalty_decay must be from 0 to 1, got 1.1; 1 never forgets"),
+        ({"penalty_exempt": "digits"}, ValueError, "penalty_exempt must be token ids or 'rwkv', got 'digits'"),
+        ({"penalty_exempt": [-1]}, ValueError, "generate: penalty_exempt must be token ids >= 0, got -1"),
+        ({"penalty_exempt": [VOCAB]}, ValueError, "penalty_exempt must hold token ids from 0 to 65535, got 65536; che"),
+        ({"ban": ["a"]}, ValueError, "generate: ban must be token ids >= 0, got 'a'"),
+        ({"ban": [3, VOCAB]}, ValueError, "generate: ban must hold token ids from 0 to 65535, got 65536; check"),
+        ({"logit_bias": [1]}, TypeError, "generate: logit_bias must map token ids to numbers, got list"),
+        ({"logit_bias": {1: float("inf")}}, ValueError, "logit_bias must be finite, or -inf to ban, got inf"),
+        ({"logit_bias": {1.5: 0}}, ValueError, "generate: logit_bias must be token ids >= 0, got 1.5"),
+        ({"logit_bias": {VOCAB: 0}}, ValueError, "logit_bias must hold token ids from 0 to 65535, got 65536; check"),
+        ({"logprobs": -1}, ValueError, "logprobs must be None or how many alternatives to tell, >= 0, got -1"),
+        ({"logprobs": VOCAB + 1}, ValueError, "generate: logprobs must be at most vocab_size = 65536, got 65537"),
     ],
 )
 def test_errors_come_before_any_work(options, error, message):

@@ -48,6 +48,13 @@ def test_clone_is_new_memory_and_detach_is_not(state):
     assert all(x.data_ptr() == y.data_ptr() for x, y in zip(view, grown, strict=True))
 
 
+def test_select_and_cat_are_copies_of_sequences(state):
+    both = RWKVState.cat([state.select([1]), state.select([0])])
+    assert_equal(both, RWKVState(*(x.flip(1) for x in state)))
+    assert state.select([]).batch == 0 and state.select([1, 1, 0]).batch == 3
+    assert all(x.data_ptr() != y.data_ptr() for x, y in zip(state.select([0, 1]), state, strict=True))
+
+
 def test_fork_makes_independent_sequences():
     """Both copies of both rows go different ways, as they do when each is run by itself."""
     model = random_model(CONFIG, dtype=torch.float64)

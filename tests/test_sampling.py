@@ -2,10 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from rwkv_ext.sampling import check_options, penalize, probabilities, sample
+from rwkv_ext.sampling import check_options, pick, probabilities, sample, uniform
 
 P = [0.1, 0.4, 0.05, 0.25, 0.2]  # ranking: 1, 3, 4, 0, 2
 
@@ -92,11 +93,123 @@ def test_banned_tokens_are_never_drawn():
     assert probabilities(banned, temperature=0).argmax() == 3
 
 
-def test_penalties_lower_used_tokens():
-    x = torch.tensor([1.0, 2.0, 3.0], dtype=torch.bfloat16)
-    got = penalize(x, torch.tensor([0.0, 1.0, 3.0]), presence_penalty=0.5, frequency_penalty=0.25)
-    assert got.dtype == torch.float32 and got.tolist() == [1.0, 1.25, 1.75]
-    assert penalize(x, torch.tensor([0.0, 1.0, 3.0]), -0.5, 0.0).tolist() == [1.0, 2.5, 3.5]
+@pytest.mark.parametrize("min_p, expected", [(0, [0, 1, 2, 3, 4]), (0.2, [0, 1, 3, 4]), (0.51, [1, 3]), (1, [1])])
+def test_min_p_keeps_what_is_nearly_as_probable_as_the_best(min_p, expected):
+    assert kept(min_p=min_p) == expected
+
+
+@pytest.mark.parametrize(
+    "typical_p, expected", [(0.1, [3]), (0.3, [3, 4]), (0.5, [1, 3, 4]), (0.9, [0, 1, 3, 4]), (1, [0, 1, 2, 3, 4])]
+)
+def test_typical_p_keeps_what_is_about_as_surprising_as_the_entropy(typical_p, expected):
+    # The entropy is 1.415; the surprises are 2.303, 0.916, 2.996, 1.386, 1.609: nearest are 3, 4, 1, 0, 2.
+    assert kept(typical_p=typical_p) == expected
+
+
+def test_typical_p_chooses_among_the_survivors_of_the_others():
+    # Alone, 0.1 would choose token 3 (see above); of the two best, it is not the typical one any more.
+    assert kept(top_k=1, typical_p=0.1) == [1]
+    assert kept(top_p=0.6, min_p=0.1, typical_p=0.5) == [1]  # of 0.615, 0.385: entropy 0.666, surprises 0.486, 0.955
+
+
+def hugging_face(logits, temperature, top_k, top_p, min_p, typical_p):
+    """Hugging Face's warpers in their order, as their documentation tells them, in numpy's fp64."""
+    x = logits.double().numpy() / temperature
+    if top_k:
+        x = np.where(x < np.sort(x)[-top_k], -np.inf, x)
+    p = np.exp(x - np.logaddexp.reduce(x))
+    order = np.argsort(p)  # ascending: out goes the tail whose sum is at most 1 - top_p, but never the best
+    tail = np.cumsum(p[order]) <= 1 - top_p
+    tail[-1] = False
+    x[order[tail]] = -np.inf
+    p = np.exp(x - np.logaddexp.reduce(x))
+    x[p < min_p * p.max()] = -np.inf
+    log_p = x - np.logaddexp.reduce(x)
+    entropy = -(np.exp(log_p) * np.where(np.isinf(log_p), 0, log_p)).sum()
+    distance = np.abs(-log_p - entropy)
+    order = np.argsort(distance)
+    size = (np.cumsum(np.exp(log_p[order])) < typical_p).sum()
+    x[distance > distance[order[min(size, len(x) - 1)]]] = -np.inf
+    return torch.from_numpy(np.exp(x - np.logaddexp.reduce(x)))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+@pytest.mark.parametrize(
+    "options",  # top_k, top_p, min_p, typical_p
+    [
+        (0, 1.0, 0.0, 1.0),
+        (40, 1.0, 0.0, 1.0),
+        (0, 0.8, 0.0, 1.0),
+        (0, 1.0, 0.05, 1.0),
+        (0, 1.0, 0.0, 0.7),
+        (50, 0.9, 0.02, 0.8),
+    ],
+    ids=["none", "top_k", "top_p", "min_p", "typical_p", "all"],
+)
+def test_temperature_first_is_the_order_of_hugging_face(options, temperature):
+    x = 2 * torch.randn(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    top_k, top_p, min_p, typical_p = options
+    got = probabilities(x, temperature, top_p, top_k, min_p, typical_p, temperature_first=True)
+    torch.testing.assert_close(got, hugging_face(x, temperature, *options))
+    if top_p < 1 and temperature != 1:
+        last = probabilities(x, temperature, top_p, top_k, min_p, typical_p)
+        assert (got > 0).sum() != (last > 0).sum()  # the order matters here
+
+
+@pytest.fixture(scope="module")
+def package():
+    from rwkv.utils import PIPELINE
+
+    return object.__new__(PIPELINE)  # its __init__ would read the vocabulary; sample_logits needs nothing of it
+
+
+@pytest.mark.parametrize(
+    "temperature, top_p, top_k",
+    [(1.0, 0.85, 0), (0.7, 0.5, 0), (2.0, 0.3, 0), (1.0, 0.9, 20), (1.3, 0.999, 3), (0.0, 0.85, 0), (1.0, 0.0, 0)],
+)
+def test_probabilities_are_those_of_the_rwkv_package(package, monkeypatch, temperature, top_p, top_k):
+    """The distribution that its sample_logits hands to numpy; top_p = 1, where it goes wrong, is the difference."""
+    seen = []
+    monkeypatch.setattr(np.random, "choice", lambda a, p: seen.append(torch.from_numpy(p)) or 0)
+    for seed in range(3):
+        x = 3 * torch.randn(65536, generator=torch.Generator().manual_seed(seed))
+        package.sample_logits(x.clone(), temperature, top_p, top_k)
+        torch.testing.assert_close(probabilities(x, temperature, top_p, top_k), seen.pop(), rtol=1e-4, atol=1e-9)
+
+
+def test_top_p_one_goes_wrong_in_the_rwkv_package(package, monkeypatch):
+    """If this fails, the package has been mended and the documentation may say so."""
+    seen = []
+    monkeypatch.setattr(np.random, "choice", lambda a, p: seen.append((p > 0).sum()) or 0)
+    for seed in range(8):
+        package.sample_logits(torch.randn(65536, generator=torch.Generator().manual_seed(seed)), top_p=1.0)
+    assert 1 in seen
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_rows_have_the_bits_they_have_alone(threads):
+    torch.set_num_threads(threads)
+    x = 3 * torch.randn(5, 65536, generator=torch.Generator().manual_seed(3))
+    numbers = torch.rand(5, dtype=torch.float64)
+    for options in (dict(top_p=0.9), dict(top_k=50, min_p=0.01, temperature=0.8), dict(typical_p=0.6, top_p=0.97)):
+        for first in (False, True):
+            together = probabilities(x, **options, temperature_first=first)
+            for row in range(5):
+                torch.set_num_threads(3 - threads)
+                alone = probabilities(x[row : row + 1].clone(), **options, temperature_first=first)
+                torch.set_num_threads(threads)
+                assert torch.equal(together[row], alone[0])
+            picked = [pick(together[row], numbers[row]).item() for row in range(5)]
+            assert pick(together, numbers).tolist() == picked
+
+
+def test_uniform_numbers_depend_on_seed_and_position_alone():
+    numbers = torch.tensor([[uniform(seed, i) for i in range(500)] for seed in (0, 1, -1, 2**64 - 1)])
+    assert numbers.min() >= 0 and numbers.max() < 1 and len(numbers.unique()) == numbers.numel()
+    assert (numbers.mean(1) - 0.5).abs().max() < 4 / math.sqrt(12 * 500)
+    counts = torch.histc(numbers, 10, 0, 1)
+    assert (counts - 200).abs().max() < 4 * math.sqrt(200)
+    assert uniform(1, 2) == 0.6542968568666053  # for ever: the text of a seed must not change
 
 
 def test_draws_follow_the_distribution():
@@ -112,8 +225,8 @@ def test_draws_follow_the_distribution():
 
 def test_the_ends_of_the_unit_interval_draw_possible_tokens(monkeypatch):
     p = logits([0, 0.5, 0.5, 0])
-    for uniform, token in ((0.0, 1), (1 - 2**-53, 2), (0.5 - 2**-54, 1), (0.5, 2)):
-        number = torch.tensor([uniform], dtype=torch.float64)
+    for value, token in ((0.0, 1), (1 - 2**-53, 2), (0.5 - 2**-54, 1), (0.5, 2)):
+        number = torch.tensor([value], dtype=torch.float64)
         monkeypatch.setattr(torch, "rand", lambda *shape, number=number, **_: number)
         assert sample(p).item() == token
 
@@ -155,13 +268,14 @@ def test_banning_everything_is_refused():
         ("top_k", -1, "top_k must be a whole number >= 0, got -1; 0 turns it off"),
         ("top_k", 1.5, "top_k must be a whole number >= 0, got 1.5"),
         ("top_k", math.inf, "top_k must be a whole number >= 0, got inf"),
-        ("presence_penalty", math.inf, "presence_penalty must be finite, got inf; 0 turns it off"),
-        ("frequency_penalty", math.nan, "frequency_penalty must be finite, got nan"),
+        ("min_p", -0.1, "min_p must be from 0 to 1, got -0.1; 0 turns it off"),
+        ("min_p", 1.5, "min_p must be from 0 to 1, got 1.5"),
+        ("typical_p", 0, "typical_p must be > 0, got 0; 1 turns it off"),
+        ("typical_p", math.nan, "typical_p must be > 0, got nan"),
     ],
 )
 def test_errors(option, value, message):
     with pytest.raises(ValueError, match="sampling: " + message):
         check_options(**{option: value})
-    if option in ("temperature", "top_p", "top_k"):
-        with pytest.raises(ValueError, match=message):
-            sample(logits(), **{option: value})
+    with pytest.raises(ValueError, match=message):
+        sample(logits(), **{option: value})

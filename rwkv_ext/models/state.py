@@ -1,14 +1,13 @@
 """RWKVState: everything a model remembers between calls, one fixed-size record per sequence."""
 
+from collections.abc import Sequence
 from os import PathLike
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from ..checkpoint.atomic_file import atomic_write
+from ..checkpoint import tagged_file
 from .config import RWKVConfig
 
 _FORMAT = "rwkv_ext.RWKVState.1"
@@ -63,6 +62,15 @@ class RWKVState(NamedTuple):
             raise ValueError(f"RWKVState.fork: n must be at least 1, got {n}")
         return RWKVState(*(x.repeat_interleave(n, dim=1) for x in self))
 
+    def select(self, sequences: Sequence[int]) -> "RWKVState":
+        """Return a copy of some of the sequences, in the order given."""
+        return RWKVState(*(x[:, list(sequences)] for x in self))
+
+    @classmethod
+    def cat(cls, states: Sequence["RWKVState"]) -> "RWKVState":
+        """Return the sequences of several states, of one model, side by side."""
+        return cls(*(torch.cat(parts, dim=1) for parts in zip(*states, strict=True)))
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "RWKVState":
         """Move to a device; dtype is that of the shifts, and wkv stays fp32 (fp64 where dtype is fp64)."""
         wkv_dtype = None if dtype is None else torch.promote_types(dtype, torch.float32)
@@ -74,28 +82,9 @@ class RWKVState(NamedTuple):
 
     def save(self, path: str | PathLike) -> None:
         """Write a safetensors file; a failure (OSError, naming the file) leaves what was there before untouched."""
-        tensors = {name: x.detach().cpu().contiguous() for name, x in self._asdict().items()}
-        content = safetensors_bytes(tensors, metadata={"format": _FORMAT})
-        atomic_write(path, lambda file: file.write(content), "RWKVState.save")
+        tagged_file.write(path, _FORMAT, self._asdict(), None, "RWKVState.save")
 
     @classmethod
     def load(cls, path: str | PathLike, device: torch.device | str | None = None) -> "RWKVState":
         """Read a file of save(); FileNotFoundError, or ValueError where the file is something else or damaged."""
-        try:
-            with safe_open(path, framework="pt", device=str(device or "cpu")) as file:
-                if (file.metadata() or {}).get("format") != _FORMAT:
-                    raise ValueError(
-                        f"RWKVState.load: {path} must be a file of RWKVState.save, got a safetensors file with "
-                        f"tensors {sorted(file.keys())}; load models with RWKV.from_pretrained"
-                    )
-                state = cls(*(file.get_tensor(name) for name in cls._fields))
-        except FileNotFoundError:
-            raise FileNotFoundError(f"RWKVState.load: {path} does not exist; check the path") from None
-        except OSError as error:  # such as a folder, which safetensors calls "No such device"
-            raise OSError(f"RWKVState.load: {path} must be a readable file, got an error from it ({error})") from error
-        except SafetensorError as error:
-            raise ValueError(
-                f"RWKVState.load: {path} must be a complete file of RWKVState.save, got one that cannot be read "
-                f"({error}); save the state again"
-            ) from error
-        return state
+        return cls(**tagged_file.read(path, _FORMAT, "RWKVState.save", "RWKVState.load", device)[0])
