@@ -236,7 +236,7 @@ def test_grad_mode_of_the_caller_survives_between_pieces(model):
         ({"prompt": "", "state": RWKVState.zeros(CONFIG)}, ValueError, "prompt must not be empty when a state is"),
         ({"state": RWKVState.zeros(CONFIG, 2)}, ValueError, "generate: state must be of 1 sequence, got 2"),
         ({"temperature": -1}, ValueError, "sampling: temperature must be >= 0"),
-        ({"frequency_penalty": float("inf")}, ValueError, "generate: frequency_penalty must be finite, got inf; 0 turns"),
+        ({"frequency_penalty": float("inf")}, ValueError, "generate: frequency_penalty must be finite, got inf; 0"),
         ({"presence_penalty": float("nan")}, ValueError, "generate: presence_penalty must be finite, got nan"),
         ({"penalty_decay": 1.1}, ValueError, "generate: penalty_decay must be from 0 to 1, got 1.1; 1 never forgets"),
         ({"penalty_exempt": "digits"}, ValueError, "penalty_exempt must be token ids or 'rwkv', got 'digits'"),
