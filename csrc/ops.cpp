@@ -1,5 +1,6 @@
-// Every op's schema: the table of contents of rwkv_ext._C. Shapes and meaning: rwkv_ext/ops.py. Implementations:
-// cpu/wkv_cpu.cpp, cuda/wkv_cuda.cpp. Fake, autograd and autocast: rwkv_ext/_registration.py.
+// Every op's schema: the table of contents of rwkv_ext._C. Shapes and meaning: rwkv_ext/ops.py; of a whole model
+// step, rwkv5_step and rwkv6_step: rwkv_ext/models/fused_step.py. Implementations: cpu/wkv_cpu.cpp, cpu/decode_cpu.cpp,
+// cuda/wkv_cuda.cpp. Fake, autograd and autocast: rwkv_ext/_registration.py, rwkv_ext/_step_registration.py.
 #include <Python.h>
 
 #include <string>
@@ -43,6 +44,10 @@ STABLE_TORCH_LIBRARY(rwkv_ext, m) {
   m.def("wkv6_adjoint_summary(Tensor r, Tensor w, Tensor dy, Tensor? cu_seqlens) -> Tensor dstate");
   m.def("wkv5_step(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor(a!) state, Tensor? slots) -> Tensor");
   m.def("wkv6_step(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor(a!) state, Tensor? slots) -> Tensor");
+  m.def("rwkv5_step(Tensor x, Tensor[] weights, Tensor[] scales, Tensor(a!) att_shift, Tensor(b!) wkv, "
+        "Tensor(c!) ffn_shift, Tensor? slots) -> Tensor");
+  m.def("rwkv6_step(Tensor x, Tensor[] weights, Tensor[] scales, Tensor(a!) att_shift, Tensor(b!) wkv, "
+        "Tensor(c!) ffn_shift, Tensor? slots) -> Tensor");
   m.def("build_info() -> str");
 }
 

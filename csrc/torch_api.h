@@ -63,6 +63,8 @@ inline Tensor with_unit_last_stride(const Tensor& x) {
   return x.size(last) <= 1 || x.stride(last) == 1 ? x : made_contiguous(x);
 }
 
+inline int64_t thread_count() { return torch::stable::get_num_threads(); }
+
 // Calls body(begin, end) over [0, count) on torch's thread pool. An exception keeps its type and text: torch's own loop
 // would turn it into an opaque error.
 template <class Body>

@@ -128,7 +128,7 @@ def _backward_formula(name):
     return backward
 
 
-def _refuse(name, what, instead):
+def refuse(name, what, instead):
     def refuse(*_args, **_kwargs):
         raise NotImplementedError(f"{name}: {what} not implemented; {instead}")
 
@@ -169,13 +169,13 @@ def _register(library):
         for summary, fake in zip(summaries, (_summary_fake, _adjoint_summary_fake), strict=True):
             op = summary.removeprefix("rwkv_ext::")
             torch.library.register_fake(summary, partial(fake, op))
-            torch.library.register_autograd(summary, _refuse(op, "gradients are", f"differentiate {name} instead"))
+            torch.library.register_autograd(summary, refuse(op, "gradients are", f"differentiate {name} instead"))
         torch.library.register_autograd(forward, _backward_formula(name), setup_context=_save)
         torch.library.register_autograd(
-            backward, _refuse(name, "second derivatives are", "differentiate once, or use rwkv_ext.reference")
+            backward, refuse(name, "second derivatives are", "differentiate once, or use rwkv_ext.reference")
         )
         for op in (forward, backward, step, *summaries):
-            torch.library.register_vmap(op, _refuse(name, "torch.vmap is", "give the op a batch axis B instead"))
+            torch.library.register_vmap(op, refuse(name, "torch.vmap is", "give the op a batch axis B instead"))
         for kind in ("forward", "step", "summary", "adjoint_summary"):
             overload = getattr(torch.ops.rwkv_ext, f"{name}_{kind}").default
             for device, key in AUTOCAST_KEYS.items():

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .. import _load
 from ..checkpoint import files as checkpoint_files
 from ..checkpoint.tensors import copied, widest_dtype
 from ..losses import linear_cross_entropy
 from . import init
 from .block import Block
 from .config import RWKVConfig
+from .fused_step import FusedStep
 from .projection import Projection, TokenEmbedding
 from .state import RWKVState
 from .token_shift import Packing
@@ -35,6 +37,7 @@ class RWKV(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
+        self._fused: FusedStep | None = None
         self.emb = TokenEmbedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd)
@@ -96,9 +99,21 @@ class RWKV(nn.Module):
                 "falsify; pass state.detach().clone(), or run forward under torch.no_grad()"
             )
         x = self.emb(tokens)
+        fused = self._fused_step()
+        return fused(x, state) if fused and fused.fits(x, state) else self._plain_step(x, state)
+
+    def _plain_step(self, x: Tensor, state: RWKVState) -> Tensor:
         for layer, block in enumerate(self.blocks):
             x = block.step(x, state.att_shift[layer], state.wkv[layer], state.ffn_shift[layer])
         return self.head(self.ln_out(x))
+
+    def _fused_step(self) -> FusedStep | None:
+        """Return how to take a step in one op, made anew where modules have been replaced; None: not from here."""
+        if _load.error or torch.compiler.is_compiling():
+            return None
+        if self._fused is None or not self._fused.knows_the_modules():
+            self._fused = FusedStep(self)
+        return self._fused
 
     def initial_state(self, batch: int = 1) -> RWKVState:
         """Return the state at the start of `batch` texts: zeros, or the tuned time_state a checkpoint brought along.

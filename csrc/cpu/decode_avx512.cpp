@@ -1,0 +1,13 @@
+// The decode kernels for processors with AVX512.
+#if defined(__x86_64__)
+#include "cpu/decode_includes.h"
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#define RWKV_ISA avx512
+#define RWKV_LANE_BYTES 64
+#include "cpu/decode_instance.h"
+
+namespace rwkv {
+constexpr DecodeKernels kKernels = avx512::decode_kernels();
+const DecodeKernels kDecodeAvx512 = kKernels;
+}  // namespace rwkv
+#endif

@@ -1,0 +1,10 @@
+// What the bodies of the decode kernels include: all of it stands before the target pragma (see kernel_includes.h).
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/decode_kernels.h"
+#include "cpu/kernel_includes.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif

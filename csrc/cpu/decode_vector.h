@@ -1,0 +1,72 @@
+// Elementwise work on rows of numbers, in fp32. Included after decode_matrix.h, inside namespace rwkv::RWKV_ISA.
+// Rows of the model's widths are a multiple of 32 long, so of whole lanes; a head's need not be.
+
+// Calls body(i) for the start of every lane vector of a row.
+template <class Body>
+inline void for_lanes(int64_t size, const Body& body) {
+  for (int64_t i = 0; i < size; i += kLanes<float>) body(i);
+}
+
+// Lanes i, i + 1, ... of a stored row.
+inline Floats lanes_at(const Vector& row, int64_t i) {
+  switch (row.storage) {
+    case Storage::kBFloat16: return widen<Storage::kBFloat16>(static_cast<const uint16_t*>(row.data) + i);
+    case Storage::kFloat16: return widen<Storage::kFloat16>(static_cast<const uint16_t*>(row.data) + i);
+    default: return load<float>(static_cast<const float*>(row.data) + i);
+  }
+}
+
+inline float number_at(const Vector& row, int64_t i) {
+  switch (row.storage) {
+    case Storage::kBFloat16: return from_bfloat16(static_cast<const uint16_t*>(row.data)[i]);
+    case Storage::kFloat16: return from_float16(static_cast<const uint16_t*>(row.data)[i]);
+    default: return static_cast<const float*>(row.data)[i];
+  }
+}
+
+inline void store_row(const float* from, void* data, Storage storage, int64_t first, int64_t size) {
+  uint16_t* halves = static_cast<uint16_t*>(data) + first;
+  if (storage == Storage::kBFloat16)
+    for (int64_t i = 0; i < size; ++i) halves[i] = to_bfloat16(from[i]);
+  else if (storage == Storage::kFloat16)
+    for (int64_t i = 0; i < size; ++i) halves[i] = to_float16(from[i]);
+  else
+    std::memcpy(static_cast<float*>(data) + first, from, size_t(size) * sizeof(float));
+}
+
+inline Floats sigmoid_of(Floats x) { return 1.0f / (1.0f + exp_of(-x)); }
+
+inline Floats tanh_of(Floats x) {
+  // Beyond 9 fp32's tanh is 1; within it exp stays finite.
+  x = x > 9.0f ? Floats{} + 9.0f : x;
+  x = x < -9.0f ? Floats{} - 9.0f : x;
+  const Floats e = exp_of(x + x);
+  return (e - 1.0f) / (e + 1.0f);
+}
+
+// To mean 0 and variance 1; any size; in and out may be the same.
+inline void normalise(const float* in, int64_t size, float epsilon, float* out) {
+  const int64_t whole = size / kLanes<float> * kLanes<float>;
+  Floats lanes = {};
+  for_lanes(whole, [&](int64_t i) { lanes += load<float>(in + i); });
+  float total = tree_sum(lanes);
+  for (int64_t i = whole; i < size; ++i) total += in[i];
+  const float mean = total / float(size);
+  lanes = Floats{};
+  for_lanes(whole, [&](int64_t i) {
+    const Floats x = load<float>(in + i) - mean;
+    lanes += x * x;
+  });
+  float squares = tree_sum(lanes);
+  for (int64_t i = whole; i < size; ++i) squares += (in[i] - mean) * (in[i] - mean);
+  const float scale = 1.0f / std::sqrt(squares / float(size) + epsilon);
+  for_lanes(whole, [&](int64_t i) { store<float>(out + i, (load<float>(in + i) - mean) * scale); });
+  for (int64_t i = whole; i < size; ++i) out[i] = (in[i] - mean) * scale;
+}
+
+inline void layer_norm(const float* in, int64_t size, const Vector& weight, const Vector& bias, float* out) {
+  normalise(in, size, 1e-5f, out);
+  for_lanes(size, [&](int64_t i) {
+    store<float>(out + i, load<float>(out + i) * lanes_at(weight, i) + lanes_at(bias, i));
+  });
+}
