@@ -1,5 +1,6 @@
 """The .pth container: a zip file with a pickled dict of tensors and the bytes of each, as torch.save makes it."""
 
+import errno
 import io
 import os
 import pickle
@@ -27,14 +28,15 @@ _DAMAGE += (AssertionError, OverflowError, zipfile.BadZipFile, NotImplementedErr
 def load(path: str | os.PathLike) -> MappedTensors:
     """Return the tensors of a file by name, memory-mapped, as they are in it; nothing in the file is executed.
 
-    Raises FileNotFoundError, or ValueError where the file holds anything but a dict of name -> tensor.
+    Raises OSError, or ValueError where the file holds anything but a dict of name -> tensor.
     """
     try:
         # Only torch's zip format can be mapped; files from before 2020 are read whole.
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except FileNotFoundError:
-        raise
-    except _DAMAGE as error:
+    except (*_DAMAGE, OSError) as error:
+        # A place outside the file is damage too, and comes as EINVAL; other system errors speak for themselves.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"from_pretrained: {path} must be a .pth file of tensors, got a file torch cannot read as one ({reason}); "
