@@ -112,17 +112,30 @@ def check_seed(seed) -> None:
         raise ValueError(f"generate: seed must be a whole number from -2**63 to 2**64 - 1, got {seed!r}")
 
 
+def check_state(state: RWKVState | None, prompts: Sequence) -> None:
+    """Raise ValueError where these prompts cannot go on from the state."""
+    if state is None:
+        return
+    if not all(map(len, prompts)):
+        raise ValueError(
+            "generate: prompt must not be empty when a state is given, which does not hold the next logits; "
+            "start with the text that follows"
+        )
+    if state.batch not in (1, len(prompts)):
+        needed = "of 1 sequence" if len(prompts) == 1 else f"of 1 sequence or {len(prompts)}"
+        raise ValueError(f"generate: state must be {needed}, got {state.batch}")
+
+
 def _begin(model, tokenizer, prompts, options, seed, state) -> BatchGeneration:
     vocab_size = model.head.weight.shape[0]
     options.check_vocabulary(vocab_size)
     if not prompts:
         raise ValueError("generate_batch: prompts must hold at least one prompt, got none")
     seeds = _seeds(seed, len(prompts))
-    prompts = [_token_ids(prompt, tokenizer, vocab_size, state is not None) for prompt in prompts]
+    prompts = [_token_ids(prompt, tokenizer, vocab_size) for prompt in prompts]
+    check_state(state, prompts)
+    prompts = [prompt or [0] for prompt in prompts]
     if state is not None and state.batch != len(prompts):
-        if state.batch != 1:
-            needed = "of 1 sequence" if len(prompts) == 1 else f"of 1 sequence or {len(prompts)}"
-            raise ValueError(f"generate: state must be {needed}, got {state.batch}")
         state = state.fork(len(prompts))
     rows = [Continuation(tokenizer, options, *each) for each in zip(seeds, map(len, prompts), strict=True)]
     return BatchGeneration(model, tokenizer, options, rows, PromptReader(model, prompts, state))
@@ -145,8 +158,7 @@ def _seeds(seed, n: int) -> list[int]:
     return [operator.index(one) for one in seeds]
 
 
-def _token_ids(prompt, tokenizer, vocab_size: int, has_state: bool) -> list[int]:
-    """Return the prompt's ids, those of an empty document for nothing."""
+def _token_ids(prompt, tokenizer, vocab_size: int) -> list[int]:
     if isinstance(prompt, str):
         prompt = tokenizer.encode(prompt)
     elif isinstance(prompt, bytes):
@@ -158,9 +170,4 @@ def _token_ids(prompt, tokenizer, vocab_size: int, has_state: bool) -> list[int]
                 f"generate: prompt must hold token ids from 0 to {vocab_size - 1}, got {token!r} at index {i}; "
                 "check the tokenizer against the model's vocabulary"
             )
-    if not ids and has_state:
-        raise ValueError(
-            "generate: prompt must not be empty when a state is given, which does not hold the next logits; "
-            "start with the text that follows"
-        )
-    return [operator.index(token) for token in ids] or [0]
+    return [operator.index(token) for token in ids]

@@ -1,12 +1,5 @@
 """Generation: exact stop strings and streaming with a model that follows a script, state and seeds with a real one."""
 
-import io
-import os
-import signal
-import subprocess
-import sys
-import threading
-import time
 
 import pytest
 import torch
@@ -15,7 +8,6 @@ from hypothesis import strategies as st
 from model_cases import random_model
 from script_model import VOCAB, ScriptModel, bytewise
 
-from rwkv_ext.cli import main
 from rwkv_ext.generate import generate
 from rwkv_ext.generation.stop_strings import StopStrings
 from rwkv_ext.models import RWKVConfig, RWKVState
@@ -255,89 +247,3 @@ def test_grad_mode_of_the_caller_survives_between_pieces(model):
 def test_errors_come_before_any_work(options, error, message):
     with pytest.raises(error, match=message):
         generate(ScriptModel([]), TOKENIZER, **({"prompt": "x"} | options))
-
-
-@pytest.fixture(scope="module")
-def checkpoint(model, tmp_path_factory):
-    path = tmp_path_factory.mktemp("generate") / "model.pth"
-    model.save_pretrained(path)
-    return str(path)
-
-
-def test_command_prints_text_and_speed(checkpoint, model, capsys):
-    arguments = ["generate", checkpoint, "def main(", "--max-tokens", "5", "--seed", "3", "--dtype", "float32"]
-    assert main([*arguments, "--top-p", "1", "--threads", "1"]) == 0
-    out, err = capsys.readouterr()
-    model = type(model).from_pretrained(checkpoint, dtype=torch.float32)
-    expected = "".join(generate(model, TOKENIZER, "def main(", max_tokens=5, seed=3))
-    assert out == expected + ("" if expected.endswith("\n") else "\n")
-    assert "prompt: 3 tokens in" in err and "output: 5 tokens in" in err and "ended by length" in err
-
-
-def test_command_reads_stdin_byte_for_byte(checkpoint, monkeypatch, capsys):
-    outputs = []
-    for arguments, stdin in ((["-"], b"a b\n"), (["a b\n"], b"")):
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        assert main(["generate", checkpoint, *arguments, "--max-tokens", "4", "--temperature", "0"]) == 0
-        outputs.append(capsys.readouterr().out)
-    assert outputs[0] == outputs[1]
-
-
-def test_command_stops_at_every_stop_text(checkpoint, capsys):
-    arguments = ["generate", checkpoint, "x", "--max-tokens", "8", "--temperature", "0"]
-    assert main(arguments) == 0
-    text = capsys.readouterr().out
-    for stop in (text[2], "\\n" if "\n" in text[:-1] else text[3]):
-        assert main([*arguments, "--stop", stop, "--stop", "never occurs"]) == 0
-        out, err = capsys.readouterr()
-        assert out == text[: text.index(stop.replace("\\n", "\n"))] + "\n" and "ended by stop" in err
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["missing.pth"], "missing.pth does not exist"),
-        (["missing.pth", "--top-k", "-2"], "sampling: top_k must be a whole number >= 0, got -2"),
-        (["missing.pth", "--max-tokens", "-2"], "max_tokens must be a whole number >= 0, got -2"),
-        (["missing.pth", "--stop", ""], "stop must not hold an empty string"),
-        (["missing.pth", "--threads", "0"], "--threads must be at least 1, got 0"),
-        (["missing.pth", "--device", "abacus"], "--device must be a device of this machine, such as cpu, got 'abacus'"),
-    ],
-)
-def test_command_errors_are_one_sentence(arguments, message, capsys):
-    assert main(["generate", *arguments]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("rwkv-ext generate: ") and message in err and err.count("\n") == 1
-
-
-def start_command(checkpoint, **options):
-    command = [sys.executable, "-m", "rwkv_ext.cli", "generate", checkpoint, "x", "--max-tokens", "1000000"]
-    pipe = subprocess.PIPE
-    return subprocess.Popen([*command, "--threads", "1"], stdout=pipe, stderr=pipe, **options)
-
-
-def test_interrupt_ends_with_a_new_line(checkpoint):
-    process = start_command(checkpoint)
-    process.stdout.read(1)  # text has begun
-    threading.Thread(target=lambda: (time.sleep(0.1), process.send_signal(signal.SIGINT))).start()
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert out.endswith(b"\n") and b"ended by Ctrl-C" in err and b"Traceback" not in err
-
-
-def test_closed_output_ends_quietly(checkpoint):
-    process = start_command(checkpoint, env=os.environ | {"PYTHONUNBUFFERED": "1"})
-    process.stdout.read(1)
-    process.stdout.close()
-    assert process.wait(timeout=60) == 0
-    err = process.stderr.read()
-    assert b"ended by closed output" in err and b"Traceback" not in err and b"Exception" not in err
-
-
-def test_command_survives_an_output_that_lacks_characters(checkpoint):
-    command = [sys.executable, "-m", "rwkv_ext.cli", "generate", str(checkpoint), "a", "--max-tokens", "200"]
-    command += ["--seed", "3", "--threads", "1"]
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "?" in result.stdout  # random weights write all scripts

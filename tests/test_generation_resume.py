@@ -264,7 +264,7 @@ def test_files_of_something_else_are_refused(model, tmp_path):
     ):
         Generation.load(path, other, TOKENIZER)
     other = random_model(RWKVConfig(**(CONFIG.__dict__ | {"vocab_size": 300})))
-    with pytest.raises(ValueError, match=r"whose logits has shape \[1, 300\], got \[1, 65536\]"):
+    with pytest.raises(ValueError, match="whose vocabulary has 300 ids, got 65536; load the model that"):
         Generation.load(path, other, TOKENIZER)
     with largest_file(1000), pytest.raises(OSError, match=f"Generation.save: {path} could not be written"):
         generation.save(path)

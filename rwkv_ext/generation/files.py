@@ -2,10 +2,8 @@
 
 from os import PathLike
 
-import torch
-
 from ..checkpoint import tagged_file
-from ..models import RWKVState
+from ..models import RWKVConfig, RWKVState
 from .batch import BatchGeneration
 from .continuation import Continuation, TokenLogprob
 from .options import GenerateOptions
@@ -38,7 +36,12 @@ def load(path: str | PathLike, model, tokenizer) -> BatchGeneration:
     tensors, values = tagged_file.read(path, _FORMAT, "Generation.save", "Generation.load", weight.device)
     logits = tensors.pop("logits")
     state = RWKVState(**tensors)
-    _check_sizes(path, state, logits, model)
+    check_state_sizes("Generation.load", path, state, model.config)
+    if logits.shape[-1] != model.config.vocab_size:
+        raise ValueError(
+            f"Generation.load: {path} must be of the model it is loaded with, whose vocabulary has "
+            f"{model.config.vocab_size} ids, got {logits.shape[-1]}; load the model that wrote it"
+        )
     options = GenerateOptions.from_dict(values["options"])
     rows = []
     for saved in values["rows"]:
@@ -51,13 +54,11 @@ def load(path: str | PathLike, model, tokenizer) -> BatchGeneration:
     return batch
 
 
-def _check_sizes(path, state: RWKVState, logits: torch.Tensor, model) -> None:
-    needed = RWKVState.zeros(model.config, state.batch, "meta", model.head.weight.dtype)
-    found = {name: x for name, x in state._asdict().items()} | {"logits": logits}
-    expected = needed._asdict() | {"logits": torch.empty(len(logits), model.config.vocab_size, device="meta")}
-    for name, x in found.items():
-        if x.shape != expected[name].shape:
+def check_state_sizes(where: str, path: str | PathLike, state: RWKVState, config: RWKVConfig) -> None:
+    """Raise ValueError if the state that was read from path is not of a model of this config."""
+    for name, x, needed in zip(RWKVState._fields, state, RWKVState.zeros(config, state.batch, "meta"), strict=True):
+        if x.shape != needed.shape:
             raise ValueError(
-                f"Generation.load: {path} must be of the model it is loaded with, whose {name} has shape "
-                f"{list(expected[name].shape)}, got {list(x.shape)}; load the model that wrote it"
+                f"{where}: {path} must be of the model it is loaded with, whose {name} has shape "
+                f"{list(needed.shape)}, got {list(x.shape)}; load the model that wrote it"
             )

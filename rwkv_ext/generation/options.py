@@ -3,7 +3,7 @@
 import math
 import operator
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 
 from .. import sampling
 from .penalties import Penalties
@@ -76,9 +76,13 @@ class GenerateOptions:
         if self.logprobs is not None and self.logprobs > vocab_size:
             raise ValueError(f"generate: logprobs must be at most vocab_size = {vocab_size}, got {self.logprobs}")
 
+    def as_arguments(self) -> dict:
+        """Return the arguments that make these options again."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
     def as_dict(self) -> dict:
-        """Return the arguments that make these options again, as JSON can hold them (its keys are strings)."""
-        return asdict(self) | {"logit_bias": list(self.logit_bias.items())}
+        """Return as_arguments() as JSON can hold them (its keys are strings)."""
+        return self.as_arguments() | {"logit_bias": list(self.logit_bias.items())}
 
     @classmethod
     def from_dict(cls, options: dict) -> "GenerateOptions":
