@@ -1,6 +1,8 @@
 // Every op's schema: the table of contents of rwkv_ext._C. Shapes and meaning: rwkv_ext/ops.py; of a whole model
-// step, rwkv5_step and rwkv6_step: rwkv_ext/models/fused_step.py. Implementations: cpu/wkv_cpu.cpp, cpu/decode_cpu.cpp,
-// cuda/wkv_cuda.cpp. Fake, autograd and autocast: rwkv_ext/_registration.py, rwkv_ext/_step_registration.py.
+// step, rwkv5_step and rwkv6_step: rwkv_ext/models/fused_step.py; of the parts of a layer and the loss:
+// rwkv_ext/_layer_registration.py. Implementations: cpu/wkv_cpu.cpp, cpu/decode_cpu.cpp, cpu/layer_cpu.cpp,
+// cuda/wkv_cuda.cpp. Fake, autograd and autocast: rwkv_ext/_registration.py, _step_registration.py and
+// _layer_registration.py.
 #include <Python.h>
 
 #include <string>
@@ -48,6 +50,7 @@ STABLE_TORCH_LIBRARY(rwkv_ext, m) {
         "Tensor(c!) ffn_shift, Tensor? slots) -> Tensor");
   m.def("rwkv6_step(Tensor x, Tensor[] weights, Tensor[] scales, Tensor(a!) att_shift, Tensor(b!) wkv, "
         "Tensor(c!) ffn_shift, Tensor? slots) -> Tensor");
+  m.def("cross_entropy_rows(Tensor(a!) logits, Tensor targets, float l2wrap, bool overwrite) -> Tensor");
   m.def("build_info() -> str");
 }
 

@@ -10,6 +10,8 @@ Shapes: hidden [..., D], weight [V, D], targets [...]; inside, the leading axes 
 import torch
 from torch import Tensor
 
+from ._layer_registration import has_layer_ops
+
 _CHUNK_BYTES = 64 << 20  # of logits on the CPU: 256 tokens in fp32, 512 in bf16; bench_loss.py compares sizes
 _CHUNK_BYTES_GPU = 512 << 20
 _SOFTMAX_ROWS = 32  # of 16-bit logits, made fp32: 8 MB at V = 65536 stay in the cache
@@ -168,17 +170,20 @@ def _sum_and_gradients(hidden, weight, targets, keep, l2wrap, chunk, need_hidden
     logits = hidden.new_empty(min(chunk, n), vocab)
     # A part of grad_weight in hidden's dtype, to be added to the fp32 sum.
     part = torch.empty_like(weight) if need_weight and compute != hidden.dtype else None
-    tile = chunk if compute == hidden.dtype else _SOFTMAX_ROWS
+    fused = keep is None and has_layer_ops(hidden)
+    tile = chunk if fused or compute == hidden.dtype else _SOFTMAX_ROWS
     for start in range(0, n, chunk):
         end = min(start + chunk, n)
         x, z = hidden[start:end], logits[: end - start]
         torch.mm(x, weight.t(), out=z)
         for i in range(start, end, tile):
             j = min(i + tile, end)
-            kept = None if keep is None else keep[i:j, None]
-            total += _softmax_gradient(
-                z[i - start : j - start], targets[i:j, None], kept, l2wrap, need_hidden or need_weight
-            )
+            rows, overwrite = z[i - start : j - start], need_hidden or need_weight
+            if fused:
+                total += torch.ops.rwkv_ext.cross_entropy_rows(rows, targets[i:j], l2wrap, overwrite).sum()
+            else:
+                kept = None if keep is None else keep[i:j, None]
+                total += _softmax_gradient(rows, targets[i:j, None], kept, l2wrap, overwrite)
         if need_hidden:
             torch.mm(z, weight, out=grad_hidden[start:end])
         if need_weight:

@@ -1,0 +1,137 @@
+// Elements of any dtype in and out of lanes, a whole vector or the last part of a row at a time. Included after lanes.h,
+// inside namespace rwkv::RWKV_ISA.
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// What an element is computed in.
+template <class E>
+struct RealOf {
+  using type = float;
+};
+template <>
+struct RealOf<double> {
+  using type = double;
+};
+template <class E>
+using Real = typename RealOf<E>::type;
+
+// Calls body with an element of the dtype's type.
+template <class Body>
+inline void for_element(Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::kFloat32: return body(float());
+    case Dtype::kFloat64: return body(double());
+    case Dtype::kBFloat16: return body(BFloat16());
+    case Dtype::kFloat16: return body(Float16());
+  }
+}
+
+typedef uint16_t Halves __attribute__((vector_size(RWKV_LANE_BYTES / 2)));
+typedef uint32_t Words __attribute__((vector_size(RWKV_LANE_BYTES)));
+
+template <class To, class From>
+inline To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+inline Lanes<float> widened(const float* from) { return load<float>(from); }
+inline Lanes<double> widened(const double* from) { return load<double>(from); }
+
+inline Words words_of(const void* from) {
+  Halves halves;
+  std::memcpy(&halves, from, sizeof halves);
+  return __builtin_convertvector(halves, Words);
+}
+
+inline Lanes<float> widened(const BFloat16* from) { return bits_as<Lanes<float>>(words_of(from) << 16); }
+
+inline Lanes<float> widened(const Float16* from) {
+  const Words half = words_of(from), sign = (half & 0x8000) << 16, rest = (half & 0x7fff) << 13;
+  // As a denormal the mantissa counts units of 2^-24: converted as an integer, since denormal floats may be flushed.
+  const auto mantissa = bits_as<LaneTypes<float>::Bits>(half & 0x3ff);
+  const Words denormal = bits_as<Words>(__builtin_convertvector(mantissa, Lanes<float>) * 5.9604645e-8f);
+  const Words normal = (half & 0x7c00) == 0x7c00 ? rest | 0x7f800000 : rest + 0x38000000;
+  return bits_as<Lanes<float>>(sign | ((half & 0x7c00) == 0 ? denormal : normal));
+}
+
+inline void narrow(float* to, Lanes<float> x) { store<float>(to, x); }
+inline void narrow(double* to, Lanes<double> x) { store<double>(to, x); }
+
+inline void store_halves(void* to, Words words) {
+  const Halves halves = __builtin_convertvector(words, Halves);
+  std::memcpy(to, &halves, sizeof halves);
+}
+
+inline void narrow(BFloat16* to, Lanes<float> x) {  // to nearest, ties to even
+  const Words bits = bits_as<Words>(x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  store_halves(to, bits_as<Words>(x != x) ? Words{} + 0x7fc0 : rounded);
+}
+
+inline void narrow(Float16* to, Lanes<float> x) {  // to nearest, ties to even
+  const Words bits = bits_as<Words>(x), sign = (bits >> 16) & 0x8000, rest = bits & 0x7fffffff;
+  // Below 2^-14 the sum with 0.5 leaves the rounded denormal in the low bits.
+  const Words denormal = bits_as<Words>(bits_as<Lanes<float>>(rest) + 0.5f) - 0x3f000000;
+  const Words normal = (rest - 0x38000000 + 0xfff + ((rest >> 13) & 1)) >> 13;
+  Words half = rest < 0x38800000 ? denormal : normal;
+  half = rest >= 0x477ff000 ? Words{} + 0x7c00 : half;  // 65520 and above round to inf
+  half = rest > 0x7f800000 ? Words{} + 0x7e00 : half;
+  store_halves(to, sign | half);
+}
+
+// Where lanes lie in a row: a whole vector, or the row's last elements, beyond which get() gives zeros.
+struct Whole {
+  int64_t at;
+};
+struct Rest {
+  int64_t at, count;
+};
+
+template <class E>
+inline Lanes<Real<E>> get(const E* row, Whole place) {
+  return widened(row + place.at);
+}
+
+template <class E>
+inline Lanes<Real<E>> get(const E* row, Rest place) {
+  E buffer[kLanes<Real<E>>] = {};
+  std::memcpy(buffer, row + place.at, size_t(place.count) * sizeof(E));
+  return widened(buffer);
+}
+
+template <class E>
+inline void put(E* row, Whole place, Lanes<Real<E>> x) {
+  narrow(row + place.at, x);
+}
+
+template <class E>
+inline void put(E* row, Rest place, Lanes<Real<E>> x) {
+  E buffer[kLanes<Real<E>>];
+  narrow(buffer, x);
+  std::memcpy(row + place.at, buffer, size_t(place.count) * sizeof(E));
+}
+
+// Calls body(place) for all lanes of a row of `size` elements.
+template <class T, class Body>
+inline void for_lanes(int64_t size, const Body& body) {
+  int64_t at = 0;
+  for (; at + kLanes<T> <= size; at += kLanes<T>) body(Whole{at});
+  if (at < size) body(Rest{at, size - at});
+}
+
+template <class E>
+inline Real<E> get_one(const E* at) {
+  return get(at, Rest{0, 1})[0];
+}
+
+template <class E>
+inline void put_one(E* at, Real<E> x) {
+  put(at, Rest{0, 1}, Lanes<Real<E>>{} + x);
+}

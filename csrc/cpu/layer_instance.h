@@ -1,0 +1,14 @@
+// The layer's kernels of one instruction set: included once by each of layer_generic.cpp, layer_avx2.cpp and
+// layer_avx512.cpp, after the target pragma, with RWKV_ISA and RWKV_LANE_BYTES defined.
+
+namespace rwkv::RWKV_ISA {
+namespace {
+
+#include "cpu/lanes.h"
+#include "cpu/elements.h"
+#include "cpu/cross_entropy.h"
+
+constexpr LayerKernels layer_kernels() { return {cross_entropy}; }
+
+}  // namespace
+}  // namespace rwkv::RWKV_ISA
