@@ -49,6 +49,7 @@ def add_arguments(parser) -> None:
     add("--state-in", metavar="FILE", help="go on from this state (RWKVState.save, --state-out)")
     add("--state-out", metavar="FILE", help="write the state after the text, after Ctrl-C as well")
     add("--dtype", choices=DTYPES, help="of the weights (default: as in the file)")
+    add("--quantize", choices=("int8",), help="turn the matrices to int8 while loading: half of bfloat16")
     add("--device", help="such as cpu or cuda:0 (default: a GPU that has kernels, else cpu)")
     add("--threads", type=int, help="CPU threads (default: all)")
 
@@ -68,7 +69,8 @@ def run(args) -> int:
             raise ValueError(f"--threads must be at least 1, got {args.threads}")
         torch.set_num_threads(args.threads)
     try:
-        model = RWKV.from_pretrained(args.model, _device(args.device), DTYPES.get(args.dtype))
+        dtype = DTYPES.get(args.dtype)
+        model = RWKV.from_pretrained(args.model, _device(args.device), dtype, quantize=args.quantize)
         if state is not None:
             check_state_sizes("rwkv-ext generate --state-in", args.state_in, state, model.config)
             state = state.to(model.head.weight.device, model.head.weight.dtype)

@@ -49,6 +49,12 @@ def test_command_prints_text_and_speed(checkpoint, loaded, capsys):
     assert "prompt: 3 tokens in" in err and "output: 5 tokens in" in err and "ended by length" in err
 
 
+def test_command_quantizes(checkpoint, capsys):
+    model = RWKV.from_pretrained(checkpoint, quantize="int8")
+    assert main(["generate", checkpoint, "def main(", "--max-tokens", "5", "--seed", "3", "--quantize", "int8"]) == 0
+    assert capsys.readouterr().out.startswith("".join(generate(model, TOKENIZER, "def main(", 5, top_p=0.7, seed=3)))
+
+
 def test_command_reads_stdin_byte_for_byte(checkpoint, monkeypatch, capsys):
     outputs = []
     for arguments, stdin in ((["-"], b"a b\n"), (["a b\n"], b"")):

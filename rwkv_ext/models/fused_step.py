@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import _load, _step_registration  # noqa: F401  (the second registers the ops' fakes)
 from .._registration import with_torchs_errors
 from .config import EAGLE, RWKVConfig
+from .quantized import QuantizedProjection
 from .state import RWKVState
 
 _MODEL = ("blocks.0.ln0.weight", "blocks.0.ln0.bias", "ln_out.weight", "ln_out.bias", "head.weight")
@@ -46,8 +47,15 @@ class FusedStep:
         name = "rwkv5_step" if model.config.version == EAGLE else "rwkv6_step"
         self._op = getattr(torch.ops.rwkv_ext, name).default
         # Dictionaries and keys instead of tensors: what takes a parameter's place later is found.
-        places = [name.rpartition(".") for name in weight_names(model.config)]
-        self._weights = [(model.get_submodule(owner)._parameters, key) for owner, _, key in places]
+        self._weights, self._scales = [], []
+        for name in weight_names(model.config):
+            path, _, key = name.rpartition(".")
+            owner = model.get_submodule(path)
+            if isinstance(owner, QuantizedProjection):
+                self._weights.append((owner._buffers, "weight"))
+                self._scales.append((owner._buffers, "scale"))
+            else:
+                self._weights.append((owner._parameters, key))
         inner = [module for module in model.modules() if module is not model]
         self._hooks = [hooks for m in inner for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._children = [module._modules for module in model.modules()]
@@ -76,8 +84,8 @@ class FusedStep:
 
     def __call__(self, x: Tensor, state: RWKVState) -> Tensor:
         """Return logits [B, V]; update `state` in place."""
-        weights = [parameters[key] for parameters, key in self._weights]
-        logits = with_torchs_errors(self._op, x, weights, [], *state, None)
+        weights, scales = ([tensors[key] for tensors, key in places] for places in (self._weights, self._scales))
+        logits = with_torchs_errors(self._op, x, weights, scales, *state, None)
         # The dispatcher does not count the in-place change; without this autograd would miss a stale saved state.
         for part in state:
             torch.autograd.graph.increment_version(part)

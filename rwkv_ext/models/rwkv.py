@@ -13,7 +13,7 @@ from .. import _load
 from ..checkpoint import files as checkpoint_files
 from ..checkpoint.tensors import copied, widest_dtype
 from ..losses import linear_cross_entropy
-from . import init
+from . import init, quantized
 from .block import Block
 from .config import RWKVConfig
 from .fused_step import FusedStep
@@ -64,7 +64,15 @@ class RWKV(nn.Module):
         hidden, state = self.hidden(tokens, state, cu_seqlens)
         if targets is None:
             return self.head(hidden), state
-        return linear_cross_entropy(hidden, self.head.weight, targets), state
+        weight = self.head.weight
+        if quantized.is_quantized(self):
+            if torch.is_grad_enabled():
+                raise RuntimeError(
+                    "RWKV: a model with int8 weights cannot be trained, got targets with gradients enabled; load it "
+                    "without quantize to train it, or take its loss under torch.no_grad()"
+                )
+            weight = self.head.dequantized(hidden.dtype)
+        return linear_cross_entropy(hidden, weight, targets), state
 
     def hidden(
         self, tokens: Tensor, state: RWKVState | None = None, cu_seqlens: Tensor | None = None
@@ -120,7 +128,7 @@ class RWKV(nn.Module):
 
         New memory on the model's device, so step() may change it; gradients flow to time_state.
         """
-        weight = self.head.weight
+        weight = self.emb.weight
         state = RWKVState.zeros(self.config, batch, weight.device, weight.dtype)
         if self.blocks[0].att.time_state is None:
             return state
@@ -133,7 +141,7 @@ class RWKV(nn.Module):
         size = self.config.head_size
         for block in self.blocks:
             if block.att.time_state is None:
-                like = block.att.receptance.weight
+                like = self.emb.weight
                 zeros = torch.zeros(self.config.n_head, size, size, device=like.device, dtype=like.dtype)
                 block.att.time_state = nn.Parameter(zeros)
 
@@ -145,11 +153,33 @@ class RWKV(nn.Module):
         generator decides the random numbers and where they are drawn; None takes torch's default on the parameter's
         device. Values are computed in fp32 or better and cast to each parameter's dtype.
         """
+        if quantized.is_quantized(self):
+            raise ValueError("init_weights: the weights must be floating point, got int8; make a new model instead")
         init.init_weights(self, self.config, recipe, generator, lr_init)
+
+    def quantize_(self, kind: str = "int8") -> "RWKV":
+        """Turn every matrix of the model, but not the embedding, to int8 rows with a scale, in place; see quantized.py.
+
+        A quarter of fp32's memory and time per token of step() on a CPU, half of bf16's; docs/decoding.md has the
+        error. For inference: no gradients, and the model cannot be saved or quantised again. Returns the model.
+        Raises ValueError for another kind, weights that are quantised already, not finite, or without memory (meta).
+        """
+        quantized.check_kind(kind)
+        if quantized.is_quantized(self):
+            raise ValueError("quantize: the model must have floating-point weights, got int8 ones already")
+        if self.emb.weight.is_meta:
+            raise ValueError("quantize: the model must have memory, got one on the meta device; load it first")
+        quantized.quantize_projections(self)
+        return self
 
     def parameter_count(self) -> int:
         """Return the number of parameters, embedding and head included."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        return sum(x.numel() for _, x in self._numbers())
+
+    def _numbers(self) -> list[tuple[str, Tensor]]:
+        """Return all parameters, and what stands for them in a quantised model."""
+        integers = [(name, x) for name, x in self.named_buffers() if name.endswith(".weight")]
+        return [*self.named_parameters(), *integers]
 
     def flops_per_token(self) -> int:
         """Return the operations (a multiply-add is 2) of training on one token: forward, and twice that backward.
@@ -158,9 +188,9 @@ class RWKV(nn.Module):
         """
         # All matrices are used once per token, [out, in] weights and low-rank factors alike.
         products = sum(
-            p.numel()
-            for name, p in self.named_parameters()
-            if name.endswith((".weight", "_w1", "_w2")) and p.dim() > 1 and name != "emb.weight"
+            x.numel()
+            for name, x in self._numbers()
+            if name.endswith((".weight", "_w1", "_w2")) and x.dim() > 1 and name != "emb.weight"
         )
         recurrence = 5 * self.config.dim_att * self.config.head_size * self.config.n_layer
         return 3 * (2 * products + recurrence)
@@ -172,25 +202,31 @@ class RWKV(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         time_state: str | PathLike | None = None,
+        quantize: str | None = None,
     ) -> "RWKV":
         """Load an Eagle or Finch checkpoint; version, sizes and ranks come from the tensors' shapes.
 
         path is a .pth or .safetensors file, or a folder with Hugging Face's or flash-linear-attention's layout; see
         docs/checkpoints.md. dtype None keeps the file's (the widest, where it mixes several). att.time_state tensors,
         if any, become the state every text starts from; time_state is the path of a file of those alone, see
-        load_time_state. Files are mapped and copied tensor by tensor, so memory holds the model once. Nothing in a
-        file is executed.
+        load_time_state. quantize "int8" does as quantize_(), to each matrix as it is read. Files are mapped and copied
+        tensor by tensor, so memory holds the model once. Nothing in a file is executed.
         Raises FileNotFoundError, or ValueError that says what the file is, or names every wrong tensor or setting.
         """
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"from_pretrained: dtype must be a floating-point dtype, got {dtype}; use torch.bfloat16")
+        if quantize is not None:
+            quantized.check_kind(quantize)
         config, tensors, *_ = checkpoint_files.read(path)
         with torch.device("meta"):
             model = cls(config)
             if any(name.endswith("att.time_state") for name in tensors):
                 model.enable_time_state()
         dtype = dtype or widest_dtype(tensors)
-        model.load_state_dict(copied(tensors, dtype, device or "cpu"), assign=True)
+        if quantize is None:
+            model.load_state_dict(copied(tensors, dtype, device or "cpu"), assign=True)
+        else:
+            quantized.load_quantized(model, tensors, dtype, device or "cpu")
         if time_state is not None:
             model.load_time_state(time_state)
         return model
@@ -209,6 +245,11 @@ class RWKV(nn.Module):
         folder for flash-linear-attention (Finch alone); "pth", "safetensors", "hf" are for paths that do not say.
         What is there appears whole or not at all: OSError (a full disk, no permission) leaves an earlier one as it was.
         """
+        if quantized.is_quantized(self):
+            raise ValueError(
+                f"save_pretrained: {path} must hold floating-point weights, got int8 ones, which no such file can; "
+                "keep the file that the model came from and quantise when loading it"
+            )
         checkpoint_files.write(path, self.config, self.state_dict(), dtype or torch.bfloat16, format, shard_bytes)
 
     def load_time_state(self, path: str | PathLike) -> None:
@@ -218,7 +259,7 @@ class RWKV(nn.Module):
         dtype. Raises FileNotFoundError, or ValueError where the file holds anything else or suits another size.
         """
         tensors = checkpoint_files.read_time_state(path, self.config)
-        weight = self.blocks[0].att.receptance.weight
+        weight = self.emb.weight
         loaded = copied(tensors, weight.dtype, weight.device)
         self.enable_time_state()
         self.load_state_dict(loaded, strict=False, assign=True)
