@@ -5,6 +5,7 @@ largest integer, so that an element that a kernel never writes cannot pass for a
 """
 
 import os
+import signal
 
 # OpenMP's threads spin while they wait, and two suites on one machine then spend most of their time spinning at
 # each other: ten times slower on two busy cores. libgomp reads this when torch loads it: set before the import.
@@ -28,6 +29,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # A shell's background job ignores Ctrl-C, and so would the programs that tests interrupt.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for name, meaning in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
     device = config.getoption("--device")

