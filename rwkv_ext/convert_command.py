@@ -22,6 +22,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--time-state", metavar="FILE", help="put these tuned initial states into OUT")
     parser.add_argument("--shard-gb", type=float, default=files.SHARD_BYTES / 1e9, metavar="N",
                         help="start another file of a folder beyond this size (default %(default)g)")  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
 
 
 def run(args) -> int:
@@ -29,6 +30,8 @@ def run(args) -> int:
     form = files.form_of(args.output, args.format)
     if not args.shard_gb > 0:
         raise ValueError(f"--shard-gb must be more than 0, got {args.shard_gb:g}")
+    if os.path.exists(args.output) and not args.overwrite:
+        raise FileExistsError(f"{args.output} exists; choose another OUT, or give --overwrite to replace it")
     config, tensors, container, naming = files.read(args.input)
     print(f"read   {args.input}: {container}, {NAMES[naming]}, {_dtypes(tensors)}")
     if args.time_state is not None:

@@ -35,7 +35,7 @@ def peak(what, allowed, action):
 
 def small(size=32, vocabulary=9):
     with torch.device("meta"):
-        model = RWKV(RWKVConfig(n_layer=2, n_embd=size, head_size=16, vocab_size=vocabulary))
+        model = RWKV(RWKVConfig(n_layer=1, n_embd=size, head_size=16, vocab_size=vocabulary))
     model = model.to_empty(device="cpu")
     with torch.no_grad():
         for p in model.parameters():
@@ -43,7 +43,7 @@ def small(size=32, vocabulary=9):
     return model
 
 
-forms = {"pth": "m.pth", "safetensors": "m.safetensors", "hf": "hf", "fla": "fla"}
+forms = {"pth": "m.pth", "hf": "hf", "fla": "fla"}  # safetensors: what hf folders consist of
 for form, name in forms.items():  # imports and caches, before anything counts
     small().save_pretrained(f"{folder}/small-{name}", format=form)
     RWKV.from_pretrained(f"{folder}/small-{name}")
@@ -88,7 +88,7 @@ def results(tmp_path_factory):
 
 
 def test_no_second_model_in_memory(results):
-    assert len(results) == 15
+    assert len(results) == 12
     for what, peak, allowed in results:
         assert peak <= allowed, f"{what}: {peak / 1e6:.1f} MB at the peak, {allowed / 1e6:.1f} MB allowed"
         assert peak >= 0.8 * allowed, f"{what}: {peak / 1e6:.1f} MB at the peak, not measured where it was taken"

@@ -3,12 +3,14 @@
 import collections
 import dataclasses
 import re
+import zipfile
 
 import pytest
 import torch
 from file_limits import largest_file
 from model_cases import SMALL, one_thread, random_model, random_tokens  # noqa: F401
 
+from rwkv_ext.checkpoint import pth
 from rwkv_ext.models import RWKV
 
 KINDS = pytest.mark.parametrize("kind", SMALL)
@@ -58,6 +60,32 @@ def test_file_is_an_ordered_dict_of_bf16_tensors(kind, tmp_path):
     size = (tmp_path / "a.pth").stat().st_size
     assert size < 2 * model.parameter_count() + 64 * 1024, "each tensor alone, not the storage it is a view of"
     assert RWKV.from_pretrained(tmp_path / "a.pth", dtype=torch.float32).head.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("large", [1, 1 << 30], ids=["zip64", "zip"])
+def test_the_container_is_torchs_own(large, tmp_path, monkeypatch):
+    """torch.load, mapped or not, the zip checksums, and data at multiples of 64 bytes as torch.save puts it."""
+    monkeypatch.setattr(pth, "_LARGE", large)
+    model = random_model(SMALL["finch"])
+    model.save_pretrained(tmp_path / "a.pth", torch.float32)
+    torch.save(dict(model.state_dict()), tmp_path / "torchs.pth")
+    for mapped in (False, True):
+        content = torch.load(tmp_path / "a.pth", weights_only=True, mmap=mapped)
+        reference = torch.load(tmp_path / "torchs.pth", weights_only=True, mmap=mapped)
+        assert list(content) == list(reference)
+        for name, x in reference.items():
+            assert torch.equal(content[name], x) and content[name].stride() == x.stride()
+            assert type(content[name]) is torch.Tensor and not content[name].requires_grad
+            assert content[name].data_ptr() % 64 == 0
+    assert torch.load(tmp_path / "a.pth", weights_only=False).keys() == content.keys()
+    with zipfile.ZipFile(tmp_path / "a.pth") as archive:
+        assert archive.testzip() is None
+        assert [name for name in archive.namelist() if "/data/" in name] == [
+            f"archive/data/{i}" for i in range(len(content))
+        ]
+    again = tmp_path / "again.pth"
+    model.save_pretrained(again, torch.float32)
+    assert again.read_bytes() == (tmp_path / "a.pth").read_bytes()
 
 
 def test_views_are_saved_without_their_storage(tmp_path):
@@ -187,6 +215,15 @@ def test_files_that_hold_no_dict_of_tensors(tmp_path):
     nested = {"model": tensors_of("finch"), "step": 3}
     assert "alone, got other things under ['model', 'step']; if it is a training" in refused(nested, tmp_path)
     assert "got other things under [0]" in refused({0: torch.zeros(2)}, tmp_path)
+    sparse = tensors_of("finch") | {"emb.weight": torch.eye(3).to_sparse()}
+    assert "name -> dense tensor alone, got other things under ['emb.weight']" in refused(sparse, tmp_path)
+
+
+def test_parameters_in_a_file_are_tensors(tmp_path):
+    model = random_model(SMALL["finch"])
+    loaded = load_saved(dict(model.named_parameters()), tmp_path)
+    for p, q in zip(model.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(p, q) and q.is_leaf and q.requires_grad
 
 
 class Forbidden:

@@ -45,7 +45,7 @@ def test_report_and_result(model, capsys):
     assert cli.main(["convert", "fla", "back.pth"]) == 0
     assert " shards, flash-linear-attention names, bfloat16" in capsys.readouterr().out
     assert_holds("back.pth", model, torch.bfloat16)
-    assert cli.main(["convert", "back.pth", "back.pth", "--dtype", "float32"]) == 0  # over itself
+    assert cli.main(["convert", "back.pth", "back.pth", "--dtype", "float32", "--overwrite"]) == 0  # over itself
     assert_holds("back.pth", model.to(torch.bfloat16), torch.float32)
 
 
@@ -61,7 +61,9 @@ def test_time_state_is_merged(model, capsys):
     with torch.no_grad():
         model.blocks[0].att.time_state.zero_()
     model.save_time_state("other.pth", torch.float32)
-    assert cli.main(["convert", "tuned.safetensors", "tuned.safetensors", "--time-state", "other.pth"]) == 0
+    assert (
+        cli.main(["convert", "tuned.safetensors", "tuned.safetensors", "--overwrite", "--time-state", "other.pth"]) == 0
+    )
     assert_holds("tuned.safetensors", model, torch.float32)
 
 
@@ -69,6 +71,7 @@ def test_time_state_is_merged(model, capsys):
     "arguments, message",
     [
         (["missing.pth", "out"], "missing.pth does not exist; give the path"),
+        (["in.pth", "in.pth"], "in.pth exists; choose another OUT, or give --overwrite to replace it"),
         (["in.pth", "out.pth", "--format", "hf"], "path must name a folder for format hf, got out.pth"),
         (["in.pth", "out", "--shard-gb", "0"], "--shard-gb must be more than 0, got 0"),
         (["in.pth", "out", "--shard-gb", "nan"], "--shard-gb must be more than 0, got nan"),

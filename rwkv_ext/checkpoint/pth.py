@@ -20,6 +20,7 @@ _STORAGES = {
     torch.float16: torch.HalfStorage,
     torch.bfloat16: torch.BFloat16Storage,
 }
+_LARGE = 1 << 30  # bytes; from here on a record has the zip64 fields, which 4 GB need
 # What reading a damaged file has been seen to raise, in torch and in the pickle machine below it.
 _DAMAGE = (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError)
 _DAMAGE += (AssertionError, OverflowError, zipfile.BadZipFile, NotImplementedError)
@@ -44,13 +45,17 @@ def load(path: str | os.PathLike) -> MappedTensors:
         ) from error
     if not isinstance(found, dict):
         raise ValueError(f"from_pretrained: {path} must hold a dict of name -> tensor, got {type(found).__name__}")
-    others = [name for name, x in found.items() if not isinstance(name, str) or not isinstance(x, Tensor)]
+    others = [name for name, x in found.items() if not isinstance(name, str) or not _plain(x)]
     if others:
         raise ValueError(
-            f"from_pretrained: {path} must hold a dict of name -> tensor alone, got other things under {others[:5]}; "
-            "if it is a training checkpoint, save the model's state_dict() by itself"
+            f"from_pretrained: {path} must hold a dict of name -> dense tensor alone, got other things under "
+            f"{others[:5]}; if it is a training checkpoint, save the model's state_dict() by itself"
         )
     return MappedTensors(found, [path])
+
+
+def _plain(x: object) -> bool:
+    return isinstance(x, Tensor) and x.layout == torch.strided and not x.is_quantized
 
 
 def write(file: BinaryIO, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> None:
@@ -103,7 +108,7 @@ def _pickled(tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -
 def _record(archive: zipfile.ZipFile, name: str, data: bytes | memoryview) -> None:
     """Add one record, its data at a multiple of 64 bytes as torch maps it."""
     info = zipfile.ZipInfo(f"archive/{name}", (1980, 1, 1, 0, 0, 0))
-    large = len(data) >= 1 << 30
+    large = len(data) >= _LARGE
     zip64 = 20 if large else 0
     start = archive.fp.tell() + 30 + len(info.filename) + 4 + zip64
     padding = -start % 64

@@ -46,6 +46,9 @@ class Translated(Mapping[str, Tensor]):
         recipe = self._recipes[name]
         return recipe.make(*(self._tensors[source] for source in recipe.sources))
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._recipes
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._recipes)
 
@@ -82,8 +85,9 @@ def release(tensors: Mapping[str, Tensor], name: str) -> None:
 
 def cast(name: str, x: Tensor, dtype: torch.dtype, device: torch.device | str, copy: bool = False) -> Tensor:
     """Return x in dtype on device, row-major; ValueError where a finite value overflows, as large ones do in fp16."""
+    x = x.detach()
     result = x.to(device=device, dtype=dtype, copy=copy, memory_format=torch.contiguous_format)
-    if dtype == torch.float16 and x.dtype != dtype and result.numel():
+    if dtype == torch.float16 and x.dtype != dtype and result.numel() and not result.is_meta:
         # The extremes alone (NaN, if any): isfinite() would need twice the tensor's memory.
         if _has_infinity(result) and not _has_infinity(x):
             raise ValueError(
@@ -116,7 +120,7 @@ def widest_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
 
 def content(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> memoryview:
     """Return one tensor's bytes as a file holds them: cast, on the CPU, row-major."""
-    x = cast(name, tensors[name].detach(), dtype, "cpu").contiguous()
+    x = cast(name, tensors[name], dtype, "cpu").contiguous()
     return memoryview(x.view(-1).view(torch.uint8).numpy())
 
 
