@@ -90,8 +90,8 @@ def generate_batch(
 
     A row draws with its own seed and is judged by its own logits alone, bit for bit as by itself (on a CPU), and leaves
     the batch when it ends. So it has the text that generate() writes with its prompt and seed, as long as the logits
-    are equal; matrix products of other sizes may round them differently, and two texts part where a draw falls between
-    two tokens by less than that: hardly ever in fp32, now and then in 16 bits. docs/generation.md has numbers.
+    are equal. Matrix products of other sizes may round them differently, and two texts part where a draw is a tie
+    within that rounding: hardly ever, but not never. docs/generation.md has numbers.
 
     Raises as generate() does; TypeError for an unknown option.
 

@@ -15,10 +15,12 @@ has the same bits whatever the other rows are: rows of a batch are sampled as th
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+_WORD = 2**32 - 1
 _FIRST_GUESS = 256  # tokens of a nucleus looked for before trying more; sorting all of 65536 takes milliseconds
 
 
@@ -95,26 +97,48 @@ def sample(logits: Tensor, *, generator: torch.Generator | None = None, **option
     Each row takes one random number from generator (a CPU generator, whatever the device of logits; None is
     torch's global one), so the same seed draws the same tokens on every device, as far as the logits are equal.
     """
-    uniform = torch.rand(logits.shape[:-1], dtype=torch.float64, generator=generator)
-    return pick(probabilities(logits, **options), uniform)
+    rows = logits.shape[:-1]
+    keys = torch.randint(2**63 - 1, rows, generator=generator, device="cpu")
+    chances = probabilities(logits, **options).reshape(-1, logits.shape[-1])
+    return pick(chances, keys.flatten().tolist()).view(rows)
 
 
-def pick(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """Return the token ids, int64 [...], at which the sums of probabilities [..., V] pass uniform [...] in [0, 1)."""
-    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-    threshold = uniform.to(cumulative).unsqueeze(-1) * cumulative[..., -1:]
-    # The first token whose cumulative sum exceeds the threshold, hence never one of probability 0.
-    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
-
-
-def uniform(seed: int, position: int) -> float:
-    """Return the number in [0, 1) with which a text of this seed draws its token number `position`.
+def draw_key(seed: int, position: int) -> int:
+    """Return the key of 64 bits with which a text of this seed draws its token number `position`.
 
     A hash, not a generator: it has no state to carry along, so a text that was saved, forked or interrupted goes on
     as it would have, and the texts of a batch draw as they would alone.
     """
-    digest = hashlib.blake2b(f"{seed} {position}".encode(), digest_size=8).digest()
-    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+    return int.from_bytes(hashlib.blake2b(f"{seed} {position}".encode(), digest_size=8).digest(), "little")
+
+
+def pick(probabilities: Tensor, keys: Sequence[int]) -> Tensor:
+    """Draw a token id, int64 [B], from each row of probabilities [B, V] with its key of 64 bits, as of draw_key().
+
+    A race: token i arrives after an exponential waiting time of rate p_i, drawn for (key, i), and the first one wins.
+    Probabilities that differ by rounding then give another token only where two arrive at nearly the same moment. A
+    number that is looked up in cumulative sums, the common way, would be near one of 65536 borders a thousand times
+    as often.
+    """
+    ids = (probabilities > 0).any(0).nonzero().squeeze(-1)  # the others cannot win
+    rates = probabilities[:, ids].double() / _waiting_times(keys, ids)
+    return ids[rates.argmax(-1)]
+
+
+def _waiting_times(keys: Sequence[int], ids: Tensor) -> Tensor:
+    """Return an exponential variate, fp64 [B, len(ids)], for every key and id: the same on every device."""
+    low = torch.tensor([key & _WORD for key in keys], device=ids.device)[:, None]
+    high = torch.tensor([key >> 32 & _WORD for key in keys], device=ids.device)[:, None]
+    words = _mix(_mix(ids ^ low) ^ high)
+    return (words + 0.5).mul_(2.0**-32).log_().neg_()
+
+
+def _mix(words: Tensor) -> Tensor:
+    """Scatter numbers of 32 bits, held in int64, one to one: each bit of the result depends on all bits given."""
+    # The multipliers are odd and below 2**31, so that products stay within int64.
+    words = ((words ^ (words >> 15)) * 0x2C1B3C6D) & _WORD
+    words = ((words ^ (words >> 12)) * 0x297A2D39) & _WORD
+    return words ^ (words >> 15)
 
 
 def _from(logits: Tensor, cutoff: Tensor) -> Tensor:

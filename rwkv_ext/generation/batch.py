@@ -123,9 +123,8 @@ class BatchGeneration(Iterator[tuple[int, str]]):
         self._take_pending()
         logits = self._logits
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        uniform = torch.tensor([self.rows[row].next_uniform() for row in self._live], dtype=torch.float64)
         chances = sampling.probabilities(self._penalties.apply(wide + self._bias), **self.options.sampling)
-        sampled = sampling.pick(chances, uniform)
+        sampled = sampling.pick(chances, [self.rows[row].next_key() for row in self._live])
         tokens = sampled.tolist()
         logprobs = self._judge(wide, sampled)
         self._penalties.count(sampled)

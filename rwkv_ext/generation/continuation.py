@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from ..sampling import uniform
+from ..sampling import draw_key
 from .options import GenerateOptions
 from .stop_strings import StopStrings
 
@@ -46,9 +46,9 @@ class Continuation:
         """The text so far; what may still turn out to be a stop string or half a character is not in it."""
         return "".join(self._pieces)
 
-    def next_uniform(self) -> float:
-        """Return the number in [0, 1) that draws the next token."""
-        return uniform(self.seed, len(self.tokens))
+    def next_key(self) -> int:
+        """Return the key that draws the next token."""
+        return draw_key(self.seed, len(self.tokens))
 
     def accept(self, token: int, logprob: TokenLogprob | None = None) -> str:
         """Add the sampled token and return the text that it settles, perhaps none; may set finish_reason."""
