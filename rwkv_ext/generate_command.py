@@ -46,6 +46,7 @@ def add_arguments(parser) -> None:
     add("--stop-token", action="append", type=int, metavar="ID", help="end at this token; may be repeated (default 0)")
     add("--json", action="store_true", help="one JSON object per prompt, as it ends, instead of its text")
     add("--logprobs", type=int, metavar="N", help="with --json: log-probabilities of the tokens and of the N best")
+    add("--time-state", metavar="FILE", help="start every text from these tuned initial states (att.time_state)")
     add("--state-in", metavar="FILE", help="go on from this state (RWKVState.save, --state-out)")
     add("--state-out", metavar="FILE", help="write the state after the text, after Ctrl-C as well")
     add("--dtype", choices=DTYPES, help="of the weights (default: as in the file)")
@@ -69,8 +70,8 @@ def run(args) -> int:
             raise ValueError(f"--threads must be at least 1, got {args.threads}")
         torch.set_num_threads(args.threads)
     try:
-        dtype = DTYPES.get(args.dtype)
-        model = RWKV.from_pretrained(args.model, _device(args.device), dtype, quantize=args.quantize)
+        dtype, device = DTYPES.get(args.dtype), _device(args.device)
+        model = RWKV.from_pretrained(args.model, device, dtype, time_state=args.time_state, quantize=args.quantize)
         if state is not None:
             check_state_sizes("rwkv-ext generate --state-in", args.state_in, state, model.config)
             state = state.to(model.head.weight.device, model.head.weight.dtype)

@@ -55,6 +55,27 @@ def test_command_quantizes(checkpoint, capsys):
     assert capsys.readouterr().out.startswith("".join(generate(model, TOKENIZER, "def main(", 5, top_p=0.7, seed=3)))
 
 
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_command_starts_from_a_tuned_state(quantize, tmp_path, capsys):
+    tuned = random_model(CONFIG)
+    tuned.enable_time_state()
+    with torch.no_grad():
+        for block in tuned.blocks:
+            block.att.time_state.normal_()
+    random_model(CONFIG).save_pretrained(tmp_path / "base")  # a folder
+    tuned.save_time_state(tmp_path / "state.pth")
+    tuned.save_pretrained(tmp_path / "tuned.safetensors")
+    texts = []
+    for arguments in (["base"], ["base", "--time-state", "state.pth"], ["tuned.safetensors"]):
+        files = [str(tmp_path / word) if "." in word or word == "base" else word for word in arguments]
+        quantized = ["--quantize", quantize] if quantize else []
+        assert (
+            main(["generate", *files[:1], "def main(", "--max-tokens", "6", "--seed", "3", *files[1:], *quantized]) == 0
+        )
+        texts.append(capsys.readouterr().out)
+    assert texts[0] != texts[1] == texts[2]
+
+
 def test_command_reads_stdin_byte_for_byte(checkpoint, monkeypatch, capsys):
     outputs = []
     for arguments, stdin in ((["-"], b"a b\n"), (["a b\n"], b"")):

@@ -42,12 +42,12 @@ def atomic_folder(
         temporary.mkdir()
         fill(temporary)
         sync_folder(temporary)
-        if path.exists():
-            path.rename(old)
         try:
+            if path.exists():
+                path.rename(old)
             temporary.rename(path)
-        except OSError:
-            if old.exists():
+        except BaseException:  # Ctrl-C too
+            if old.exists() and not path.exists():
                 old.rename(path)
             raise
     except OSError as error:

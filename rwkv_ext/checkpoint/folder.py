@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import pth, safetensors
+from . import pth, safetensors, strict_json
 from .atomic_file import atomic_folder, durable_write
 from .tensors import MappedTensors, renamed
 
@@ -137,10 +137,10 @@ def _split(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
 
 def _json(path: Path) -> dict[str, object]:
     try:
-        value = json.loads(path.read_bytes())
+        value = strict_json.parse(path.read_bytes())
     except ValueError as error:
         raise ValueError(
-            f"from_pretrained: {path} must be JSON, got something else ({error}); download it again"
+            f"from_pretrained: {path} must be JSON with every name once ({error}); download it again"
         ) from error
     if not isinstance(value, dict):
         raise ValueError(f"from_pretrained: {path} must be a JSON object, got {type(value).__name__}")

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from . import strict_json
 from .tensors import MappedTensors, content, release
 
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -49,21 +50,14 @@ def write(file: BinaryIO, tensors: Mapping[str, Tensor], dtypes: Mapping[str, to
 
 
 def _refuse_duplicates(path: str | os.PathLike) -> None:
-    """Raise ValueError if the table has a name twice: JSON readers keep the last one and say nothing."""
+    """Raise ValueError if the table has a name twice, which safe_open does not see."""
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = file.read(size) if size <= _LARGEST_HEADER else b""
 
-    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        names = [name for name, _ in pairs]
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise LookupError(twice)
-        return dict(pairs)
-
     try:
-        json.loads(header, object_pairs_hook=once)
-    except LookupError as error:
-        raise ValueError(f"from_pretrained: {path} must name every tensor once, got {error.args[0]} twice") from error
+        strict_json.parse(header)
+    except strict_json.DuplicateName as error:
+        raise ValueError(f"from_pretrained: {path} must name every tensor once, got {error.name} twice") from error
     except ValueError:
         return  # no JSON at all: safe_open says what is wrong
