@@ -19,11 +19,10 @@ from typing import NamedTuple
 import torch
 
 from rwkv_ext import reference, testing
-from rwkv_ext.testing import error_ratio
+from rwkv_ext.testing import decay_bins, error_ratio
 
 REGIMES = tuple(testing.decay_regimes)
 TOKENS = (0, 1, 15, 16, 17, 31, 33, 64, 65, 128, 129, 200, 300)
-LOG_DECAY_BINS = ((-1, 0), (-3, -1), (-6, -3), (-12, -6), (-40, -12))  # log w = -exp(omega)
 REFERENCES = {"5.2": reference.wkv5, "6.0": reference.wkv6}
 ROUNDING = 0.212  # rms relative error, in eps of the format, of normal numbers rounded to it
 TF32_EPS = 2**-10
@@ -164,15 +163,6 @@ def floor_of(name: str, dtype: torch.dtype) -> float:
     return math.hypot(ROUNDING * torch.finfo(dtype).eps, operand)
 
 
-def by_log_decay(inputs: testing.WkvInputs, actual, exact):
-    """Yield (name, actual, exact) of the elements of dw in each bin of log w that has some."""
-    log_decay = -inputs.w.double().exp()
-    for low, high in LOG_DECAY_BINS:
-        chosen = (log_decay > low) & (log_decay <= high)
-        if chosen.any():
-            yield f"dw where log w is in ({low}, {high}]", actual[chosen], exact[chosen]
-
-
 def complaints(case: Case, inputs, actual, exact, plain) -> list[str]:
     """Return what is too inexact: one line per output, empty if all is well."""
     lines = []
@@ -190,7 +180,8 @@ def complaints(case: Case, inputs, actual, exact, plain) -> list[str]:
         return lines
     named = [(name, x, exact[name]) for name, x in actual.items()]
     if case.instance.version == "6.0" and "dw" in actual:
-        named += by_log_decay(inputs, actual["dw"], exact["dw"])
+        dw, truth = actual["dw"], exact["dw"]
+        named += [(f"dw where the decay is in {bin}", dw[here], truth[here]) for bin, here in decay_bins(inputs.w)]
     for name, x, truth in named:
         # One element has no statistics: its error may be anything up to the largest rounding error.
         few = torch.finfo(x.dtype if x.dtype in HALF else torch.float16).eps / 2 if x.numel() < 64 else 0.0
