@@ -73,6 +73,16 @@ def test_folders_with_anything_else_are_not_replaced(finch, tmp_path):
         finch.save_pretrained(tmp_path / "nowhere" / "m")
 
 
+@pytest.mark.parametrize("name", ["m.pth", "m.safetensors", "m"])
+def test_numbers_that_no_model_is_made_of(finch, name, tmp_path):
+    with pytest.raises(ValueError, match=r"dtype must be float64, float32, float16 or bfloat16, got torch.int32 for "):
+        finch.save_pretrained(tmp_path / name, torch.int32)
+    assert not list(tmp_path.iterdir())
+    finch.save_pretrained(tmp_path / name, torch.float64)
+    loaded = type(finch).from_pretrained(tmp_path / name)
+    assert loaded.emb.weight.dtype == torch.float64 and torch.equal(loaded.emb.weight, finch.emb.weight.double())
+
+
 def test_a_linked_folder_stays_a_link(finch, tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "m").symlink_to("there")

@@ -26,6 +26,7 @@ SHARD_BYTES = 5_000_000_000
 # Left on the names by DeepSpeed, by adapter trainers, and by torch's own wrappers.
 _PREFIXES = ("_forward_module.", "_orig_mod.", "module.", "model.")
 _NAMINGS = {"official": official, "hf": huggingface, "fla": fla}
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _SUFFIXES = {".pth": "pth", ".pt": "pth", ".bin": "pth", ".safetensors": "safetensors"}
 
 
@@ -140,7 +141,13 @@ def _write_file(
 
 
 def _dtypes(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, torch.dtype]:
-    return {name: tensors[name].dtype if dtype is None else dtype for name in tensors}
+    dtypes = {name: tensors[name].dtype if dtype is None else dtype for name in tensors}
+    for name, kind in dtypes.items():
+        if kind not in _DTYPES:
+            raise ValueError(
+                f"save_pretrained: dtype must be float64, float32, float16 or bfloat16, got {kind} for {name}"
+            )
+    return dtypes
 
 
 def _on_meta(config: RWKVConfig, time_state: bool) -> dict[str, Tensor]:

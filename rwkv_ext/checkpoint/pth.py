@@ -2,6 +2,7 @@
 
 import errno
 import io
+import math
 import os
 import pickle
 import zipfile
@@ -80,10 +81,7 @@ class _Storage:
     """Stands for that tensor's storage, which torch pickles as a persistent id."""
 
     def __init__(self, stored: _Stored):
-        count = 1
-        for size in stored.shape:
-            count *= size
-        self.id = ("storage", _STORAGES[stored.dtype], stored.key, "cpu", count)
+        self.id = ("storage", _STORAGES[stored.dtype], stored.key, "cpu", math.prod(stored.shape))
 
 
 class _Pickler(pickle.Pickler):
