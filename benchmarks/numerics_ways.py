@@ -30,9 +30,9 @@ def log_cumsum(r, k, v, w, u, state, cu_seqlens=None):
 
     The decay from token j to i is exp(L_i - L_j), L the cumulative sum of log w = -exp(w) from the chunk's start.
     """
-    dtype = r.dtype
-    r, k, v = (x.float().transpose(1, 2) for x in (r, k, v))  # [B, H, T, N]
-    log_w = -torch.exp(w.float()).transpose(1, 2)
+    dtype, wide = r.dtype, torch.promote_types(r.dtype, torch.float32)
+    r, k, v = (x.to(wide).transpose(1, 2) for x in (r, k, v))  # [B, H, T, N]
+    log_w = -torch.exp(w.to(wide)).transpose(1, 2)
     y = []
     for first in range(0, r.shape[2], CHUNK):
         ri, ki, vi, log_wi = (x[:, :, first : first + CHUNK] for x in (r, k, v, log_w))
@@ -42,7 +42,7 @@ def log_cumsum(r, k, v, w, u, state, cu_seqlens=None):
         later = torch.ones(exponent.shape[2:4]).tril(-1).bool()[:, :, None]
         pairs = torch.exp(exponent.masked_fill(~later, float("-inf")))
         scores = torch.einsum("bhin,bhjn,bhijn->bhij", ri, ki, pairs)
-        now = (ri * u.float()[:, None] * ki).sum(-1, keepdim=True) * vi
+        now = (ri * u.to(wide)[:, None] * ki).sum(-1, keepdim=True) * vi
         y.append((ri * torch.exp(before)) @ state + scores @ vi + now)
         last = until[:, :, -1:]
         state = torch.exp(last).mT * state + (ki * torch.exp(last - until)).mT @ vi
@@ -87,10 +87,14 @@ def keep_cotangents(kept: dict, y, state_out):
     return y, state_out
 
 
+def cpu_ways(dtype: torch.dtype) -> list[Way]:
+    plain = {"rwkv_ext, CPU": wkv6, "PyTorch loop": reference.wkv6, "log-cumsum form": log_cumsum}
+    return [Way(name, dtype, lambda inputs, op=op: outputs_and_gradients(op, inputs)) for name, op in plain.items()]
+
+
 def ways(fla_python: Path | None, with_emulator: bool) -> list[Way]:
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    plain = {"rwkv_ext, CPU": wkv6, "PyTorch loop": reference.wkv6, "log-cumsum form": log_cumsum}
-    found = [Way(name, fp32, lambda inputs, op=op: outputs_and_gradients(op, inputs)) for name, op in plain.items()]
+    found = cpu_ways(fp32)
     if with_emulator:
         kernels = emulated()
         found += [Way("rwkv_ext, CUDA kernels", dtype, kernels) for dtype in (fp32, bf16, fp16)]

@@ -56,7 +56,7 @@ def test_bench_numerics_tables(monkeypatch, capsys):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import bench_numerics
 
-    monkeypatch.setattr(bench_numerics, "COMPARED", dict(batch=1, tokens=70, heads=1, size=64))
+    monkeypatch.setattr(bench_numerics, "SHAPE", dict(batch=1, tokens=70, heads=1, size=64))
     monkeypatch.setattr(sys, "argv", ["bench_numerics.py", "--compare", "--regimes", "mixed", "huge"])
     bench_numerics.main()
     lines = capsys.readouterr().out.splitlines()
@@ -66,6 +66,46 @@ def test_bench_numerics_tables(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench_numerics.py", "--emulated"])
     with pytest.raises(SystemExit, match="--emulated and --fla-python belong to --compare"):
         bench_numerics.main()
+    monkeypatch.setattr(sys, "argv", ["bench_numerics.py", "--write", "--regimes", "huge"])
+    with pytest.raises(SystemExit, match="--write needs all regimes and is not for --compare"):
+        bench_numerics.main()
+
+
+def test_bench_numerics_writes_the_page(monkeypatch, tmp_path, capsys):
+    """All dtypes between the marks, the CPU's rows of the other tables replaced, everything else as it was."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import bench_numerics
+
+    for folder in ("docs", "benchmarks/results"):
+        (tmp_path / folder).mkdir(parents=True)
+    before = (BENCHMARKS.parent / "docs" / "numerics.md").read_text()
+    (tmp_path / "docs" / "numerics.md").write_text(before)
+    monkeypatch.setattr(bench_numerics, "ROOT", tmp_path)
+    monkeypatch.setattr(bench_numerics, "SHAPE", dict(batch=1, tokens=20, heads=2, size=32))
+    monkeypatch.setattr(sys, "argv", ["bench_numerics.py", "--write"])
+    bench_numerics.main()
+    after, printed = (tmp_path / "docs" / "numerics.md").read_text(), capsys.readouterr().out
+    begin, end = (after.index(mark) for mark in bench_numerics.BLOCK)
+    block = after[begin:end]
+    assert block.split("-->")[1].strip() in printed
+    assert (tmp_path / "docs" / "numerics.png").stat().st_size > 10_000
+    (report,) = (tmp_path / "benchmarks" / "results").glob("cpu_numerics_*.md")
+    assert "- commit: " in report.read_text() and block.split("-->")[1].strip() in report.read_text()
+    for dtype in ("fp64", "fp32", "bf16", "fp16"):
+        table = block[block.index(f"| Finch, {dtype} |") :].split("\n\n")[0].splitlines()
+        assert len(table) == 2 + 6 * (2 if dtype == "fp64" else 3)
+        assert all(line.count("|") == 11 for line in table)
+
+    def others(text):
+        """What is not the CPU's: outside of the marks and its three rows in each of three tables."""
+        begin, end = (text.index(mark) for mark in bench_numerics.BLOCK)
+        lines = (text[:begin] + text[end:]).splitlines()
+        ways = ("| rwkv_ext, CPU |", "| PyTorch loop |", "| log-cumsum form |")
+        return [line for line in lines if not line.startswith(ways)], len(lines)
+
+    assert others(after) == others(before)
+    rows = [line for line in after[end:].splitlines() if line.startswith("| rwkv_ext, CPU | fp32 |")]
+    assert len(rows) == 3 and not set(rows) & set(before.splitlines())
 
 
 @pytest.mark.skipif(importlib.util.find_spec("fla") is not None, reason="flash-linear-attention is installed here")
