@@ -323,6 +323,11 @@ def test_other_models_of_fla_are_refused(tmp_path):
         assert "must be an rwkv6 (Finch) model of flash-linear-attention, " + found in message
 
 
+def test_a_saved_state_is_refused(finch, tmp_path):
+    finch.initial_state(2).save(tmp_path / "s.safetensors")
+    assert "got the state of a text; load it with RWKVState.load" in refusal(tmp_path / "s.safetensors")
+
+
 def test_older_models_under_hugging_face_names_are_refused(tmp_path):
     tensors = files.huggingface.from_official(random_model(SMALL["eagle"]).state_dict())
     decays = {name: x[:, 0].clone() if name.endswith(".time_decay") else x for name, x in tensors.items()}

@@ -2,11 +2,17 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
+
+from rwkv_ext.checkpoint import files, pth
+from rwkv_ext.checkpoint.tensors import MappedTensors
 
 ROOT = Path(__file__).parent.parent
 
@@ -92,3 +98,41 @@ def test_no_second_model_in_memory(results):
     for what, peak, allowed in results:
         assert peak <= allowed, f"{what}: {peak / 1e6:.1f} MB at the peak, {allowed / 1e6:.1f} MB allowed"
         assert peak >= 0.8 * allowed, f"{what}: {peak / 1e6:.1f} MB at the peak, not measured where it was taken"
+
+
+def resident(x):
+    """Return how many of the tensor's pages this process has (the kernel's own count, for the mapping it lies in)."""
+    found = False
+    with open("/proc/self/smaps") as lines:
+        for line in lines:
+            if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+                first, last = (int(word, 16) for word in line.split()[0].split("-"))
+                found = first <= x.data_ptr() < last
+            elif found and line.startswith("Rss:"):
+                return int(line.split()[1]) * 1024
+    raise AssertionError("the tensor lies in no mapping")
+
+
+@pytest.mark.parametrize("name", ["m.pth", "m.safetensors"])
+def test_released_pages_leave_and_come_back(name, tmp_path):
+    values = {"a": torch.randn(1 << 20), "b": torch.randn(1 << 20)}
+    stored = {"m.pth": torch.save, "m.safetensors": save_file}[name]
+    stored(values, tmp_path / "there")
+    (tmp_path / name).symlink_to("there")  # as the caches of downloaded models have it
+    tensors = files._open(tmp_path / name)[1]
+    assert torch.equal(tensors["a"], values["a"]) and torch.equal(tensors["b"], values["b"])
+    assert resident(tensors["a"]) >= 2 * values["a"].nbytes
+    tensors.release("a")
+    assert values["b"].nbytes - 65536 <= resident(tensors["a"]) < 1.1 * values["b"].nbytes
+    assert torch.equal(tensors["a"], values["a"]) and torch.equal(tensors["b"], values["b"])
+
+
+def test_memory_that_is_no_files_is_never_given_back(tmp_path):
+    values = {"a": torch.randn(1 << 20)}
+    torch.save(values, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    tensors = pth.load(tmp_path / "old.pth")  # such files are read, not mapped
+    tensors.release("a")
+    assert torch.equal(tensors["a"], values["a"])
+    claimed = MappedTensors({"a": values["a"].clone()}, [tmp_path / "old.pth"])
+    claimed.release("a")
+    assert torch.equal(claimed["a"], values["a"])

@@ -110,6 +110,8 @@ def detect_version(path: object, tensors: Mapping[str, Tensor]) -> str:
             "a tuned initial state alone (time_state); load its base model, and give this file as time_state=, "
             "or to load_time_state()"
         )
+    elif {"att_shift", "wkv", "ffn_shift"} <= set(tensors):
+        found = "the state of a text; load it with RWKVState.load"
     elif has("lora_A") or has("lora_B"):
         found = "a LoRA adapter; merge it into its base model's file"
     elif not has("emb.weight") or not has("blocks.0."):
