@@ -63,6 +63,7 @@ struct WkvBackwardParams {
   void* dstate = nullptr;              // [S, H, N, N]; nullptr: not wanted
   double* du_partial = nullptr;        // [S, H, N]: one sequence's share
   double* dw_partial = nullptr;        // [S, H, N] (Eagle)
+  void* partial_sums = nullptr;        // CPU: where the value columns of a head are divided
   View du, dw_sum;                     // [H, N], u's and w's dtype: CUDA's own second stage writes them (dw_sum: Eagle)
 };
 

@@ -20,7 +20,7 @@ def step_inputs(version, batch=2, heads=2, size=16, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("version", STEPS)
 def test_wkv_step_equals_sequence(version, dtype):
-    """Token by token the sequence op, bitwise on the CPU, with N in and out of step with the vector width."""
+    """Token by token the sequence op, bitwise if it is given token by token, with N in and out of step with the lanes."""
     for size in (1, 40, 64):
         inputs = make_inputs(version, 3, 20, 2, size, regime="huge", dtype=dtype)
         y, last = OPS[version](*inputs)
@@ -30,11 +30,18 @@ def test_wkv_step_equals_sequence(version, dtype):
             tokens.append(STEPS[version](*(x[:, t] for x in inputs[:3]), w, inputs.u, state))
             assert tokens[t].dtype == dtype
         steps = torch.stack(tokens, 1)
-        if ON_CUDA:  # another kernel, another order of sums
-            exact, plain = (dict(zip("ys", REFERENCES[version](*x), strict=True)) for x in (inputs.double(), inputs))
-            assert_accurate({"y": steps, "s": state}, exact, plain, dtype)
-        else:
-            assert torch.equal(steps, y) and torch.equal(state, last)
+        # Several tokens at once are another order of sums.
+        exact, plain = (dict(zip("ys", REFERENCES[version](*x), strict=True)) for x in (inputs.double(), inputs))
+        assert_accurate({"y": steps, "s": state}, exact, plain, dtype)
+        assert_accurate({"y": y, "s": last}, exact, plain, dtype)
+        if ON_CUDA:
+            continue
+        carried = inputs.state
+        for t in range(20):
+            w = inputs.w if version == "5.2" else inputs.w[:, t : t + 1]
+            one, carried = OPS[version](*(x[:, t : t + 1] for x in inputs[:3]), w, inputs.u, carried)
+            assert torch.equal(one[:, 0], tokens[t])
+        assert torch.equal(carried, state)
 
 
 @pytest.mark.parametrize("regime", decay_regimes)

@@ -7,6 +7,7 @@
 
 #include "cpu/decode_kernels.h"
 #include "cpu/instruction_set.h"
+#include "cpu/denormals.h"
 #include "decode_prepare.h"
 
 namespace rwkv {
@@ -37,6 +38,7 @@ Tensor step(const Tensor& x, TensorList weights, TensorList scales, Tensor att_s
   Crew crew(decode.stages(p));
   // Every thread that comes joins the crew once, however the loop deals out its numbers.
   parallel_for(thread_count(), 1, [&](int64_t, int64_t) {
+    const FlushDenormals flush;
     decode.run(p, wkv_kernels, scratch.get(), CrewMember(crew));
   });
   return call.logits;

@@ -5,6 +5,8 @@ namespace rwkv::RWKV_ISA {
 namespace {
 
 #include "cpu/lanes.h"
+#include "cpu/elements.h"
+#include "cpu/rows.h"
 #include "cpu/decode_matrix.h"
 #include "cpu/decode_vector.h"
 #include "cpu/decode_token.h"

@@ -53,6 +53,11 @@ inline Words words_of(const void* from) {
 
 inline Lanes<float> widened(const BFloat16* from) { return bits_as<Lanes<float>>(words_of(from) << 16); }
 
+#if RWKV_LANE_BYTES == 64
+inline Lanes<float> widened(const Float16* from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); }
+#elif RWKV_LANE_BYTES == 32
+inline Lanes<float> widened(const Float16* from) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)); }
+#else
 inline Lanes<float> widened(const Float16* from) {
   const Words half = words_of(from), sign = (half & 0x8000) << 16, rest = (half & 0x7fff) << 13;
   // As a denormal the mantissa counts units of 2^-24: converted as an integer, since denormal floats may be flushed.
@@ -61,6 +66,7 @@ inline Lanes<float> widened(const Float16* from) {
   const Words normal = (half & 0x7c00) == 0x7c00 ? rest | 0x7f800000 : rest + 0x38000000;
   return bits_as<Lanes<float>>(sign | ((half & 0x7c00) == 0 ? denormal : normal));
 }
+#endif
 
 inline void narrow(float* to, Lanes<float> x) { store<float>(to, x); }
 inline void narrow(double* to, Lanes<double> x) { store<double>(to, x); }
@@ -75,6 +81,15 @@ inline void narrow(BFloat16* to, Lanes<float> x) {  // to nearest, ties to even
   store_halves(to, bits_as<Words>(x != x) ? Words{} + 0x7fc0 : rounded);
 }
 
+#if RWKV_LANE_BYTES == 64
+inline void narrow(Float16* to, Lanes<float> x) {
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif RWKV_LANE_BYTES == 32
+inline void narrow(Float16* to, Lanes<float> x) {
+  _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
 inline void narrow(Float16* to, Lanes<float> x) {  // to nearest, ties to even
   const Words bits = bits_as<Words>(x), sign = (bits >> 16) & 0x8000, rest = bits & 0x7fffffff;
   // Below 2^-14 the sum with 0.5 leaves the rounded denormal in the low bits.
@@ -85,6 +100,7 @@ inline void narrow(Float16* to, Lanes<float> x) {  // to nearest, ties to even
   half = rest > 0x7f800000 ? Words{} + 0x7e00 : half;
   store_halves(to, sign | half);
 }
+#endif
 
 // Where lanes lie in a row: a whole vector, or the row's last elements, beyond which get() gives zeros.
 struct Whole {

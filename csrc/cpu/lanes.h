@@ -1,5 +1,8 @@
-// Vectors of the width this translation unit is compiled for (RWKV_LANE_BYTES), the exponential on them, and rows of
-// any dtype in and out. Included after the target pragma, inside namespace rwkv::RWKV_ISA: once per width.
+// Vectors of the width this translation unit is compiled for (RWKV_LANE_BYTES), and the exponential on them. Included
+// after the target pragma, inside namespace rwkv::RWKV_ISA: once per width.
+//
+// Where two functions must reach the same bits, multiply_add() says which operations are fused; the compiler is free to
+// fuse what is written with * and +, and may do so differently in different places.
 
 template <class T>
 struct LaneTypes;
@@ -31,146 +34,120 @@ inline void store(T* to, Lanes<T> lanes) {
 }
 
 template <class T>
-inline T sum(Lanes<T> lanes) {
-  T total = 0;
-  for (int64_t lane = 0; lane < kLanes<T>; ++lane) total += lanes[lane];
-  return total;
+inline Lanes<T> broadcast(T x) {
+  return x - Lanes<T>{};  // x - 0 is x, the sign of zero included, so no subtraction is left
 }
 
-// exp(x) to about 1 ulp: 2^n times a polynomial on |x - n ln 2| <= ln 2 / 2. Overflows to inf, underflows through the
-// denormals to 0, keeps NaN.
+// a * b + c, rounded once where the instruction set can.
+#if RWKV_LANE_BYTES == 64
+inline Lanes<float> multiply_add(Lanes<float> a, Lanes<float> b, Lanes<float> c) { return _mm512_fmadd_ps(a, b, c); }
+inline Lanes<double> multiply_add(Lanes<double> a, Lanes<double> b, Lanes<double> c) {
+  return _mm512_fmadd_pd(a, b, c);
+}
+#elif RWKV_LANE_BYTES == 32
+inline Lanes<float> multiply_add(Lanes<float> a, Lanes<float> b, Lanes<float> c) { return _mm256_fmadd_ps(a, b, c); }
+inline Lanes<double> multiply_add(Lanes<double> a, Lanes<double> b, Lanes<double> c) {
+  return _mm256_fmadd_pd(a, b, c);
+}
+#elif defined(__aarch64__)
+inline Lanes<float> multiply_add(Lanes<float> a, Lanes<float> b, Lanes<float> c) { return vfmaq_f32(c, a, b); }
+inline Lanes<double> multiply_add(Lanes<double> a, Lanes<double> b, Lanes<double> c) { return vfmaq_f64(c, a, b); }
+#else
+template <class V>
+inline V multiply_add(V a, V b, V c) {
+  return a * b + c;
+}
+#endif
+
+// The sum of all lanes, halving: the order depends on the number of lanes alone.
+template <class T>
+inline T sum(Lanes<T> lanes) {
+#if RWKV_LANE_BYTES == 64
+  if constexpr (std::is_same_v<T, float>) return _mm512_reduce_add_ps(lanes);
+#endif
+  T part[kLanes<T>];
+  std::memcpy(part, &lanes, sizeof lanes);
+  for (int64_t half = kLanes<T> / 2; half; half /= 2)
+    for (int64_t lane = 0; lane < half; ++lane) part[lane] += part[lane + half];
+  return part[0];
+}
+
+// Lane n of the result is the sum of all lanes of rows[n].
+template <class T>
+inline Lanes<T> sums_of(const Lanes<T> (&rows)[kLanes<T>]) {
+  Lanes<T> sums = {};
+  for (int64_t n = 0; n < kLanes<T>; ++n) sums[n] = sum<T>(rows[n]);
+  return sums;
+}
+
+#if RWKV_LANE_BYTES == 64
+template <>
+inline Lanes<float> sums_of<float>(const Lanes<float> (&rows)[16]) {
+  __m512 twos[8], fours[4];
+  for (int n = 0; n < 8; ++n)
+    twos[n] = _mm512_add_ps(_mm512_unpacklo_ps(rows[2 * n], rows[2 * n + 1]),
+                            _mm512_unpackhi_ps(rows[2 * n], rows[2 * n + 1]));
+  for (int n = 0; n < 4; ++n)  // 0x44, 0xee: the low, the high halves of both
+    fours[n] = _mm512_add_ps(_mm512_shuffle_ps(twos[2 * n], twos[2 * n + 1], 0x44),
+                             _mm512_shuffle_ps(twos[2 * n], twos[2 * n + 1], 0xee));
+  const __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(fours[0], fours[1], 0x44),
+                                   _mm512_shuffle_f32x4(fours[0], fours[1], 0xee));
+  const __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2], fours[3], 0x44),
+                                    _mm512_shuffle_f32x4(fours[2], fours[3], 0xee));
+  return _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+}
+#elif RWKV_LANE_BYTES == 32
+template <>
+inline Lanes<float> sums_of<float>(const Lanes<float> (&rows)[8]) {
+  const __m256 low = _mm256_hadd_ps(_mm256_hadd_ps(rows[0], rows[1]), _mm256_hadd_ps(rows[2], rows[3]));
+  const __m256 high = _mm256_hadd_ps(_mm256_hadd_ps(rows[4], rows[5]), _mm256_hadd_ps(rows[6], rows[7]));
+  return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+}
+#endif
+
+// The smaller, the larger of the two; NaN where x is.
+#if RWKV_LANE_BYTES == 64
+inline Lanes<float> at_most(Lanes<float> x, float most) { return _mm512_min_ps(broadcast(most), x); }
+inline Lanes<float> at_least(Lanes<float> x, float least) { return _mm512_max_ps(broadcast(least), x); }
+#elif RWKV_LANE_BYTES == 32
+inline Lanes<float> at_most(Lanes<float> x, float most) { return _mm256_min_ps(broadcast(most), x); }
+inline Lanes<float> at_least(Lanes<float> x, float least) { return _mm256_max_ps(broadcast(least), x); }
+#else
+inline Lanes<float> at_most(Lanes<float> x, float most) { return x > most ? broadcast(most) : x; }
+inline Lanes<float> at_least(Lanes<float> x, float least) { return x < least ? broadcast(least) : x; }
+#endif
+
+// p * 2^n for whole n from -127 to 128, where 2^-127 counts as 0 and 2^128 as infinity.
+inline Lanes<float> times_power_of_two(Lanes<float> p, Lanes<float> n) {
+#if RWKV_LANE_BYTES == 64
+  return _mm512_scalef_ps(p, n);
+#else
+  using I = LaneTypes<float>::Bits;
+  const I bits = (__builtin_convertvector(n, I) + 127) << 23;
+  Lanes<float> scale;
+  std::memcpy(&scale, &bits, sizeof bits);
+  return p * scale;
+#endif
+}
+
+// exp(x) to less than 1 ulp: 2^n exp(f), |f| <= ln 2 / 2, where exp(f) = 1 + f + f^2 q(f) and q is the best of its degree
+// (3e-9 of the result). Overflows to inf from 88.4 on, is 0 where the result would be denormal, keeps NaN.
 inline Lanes<float> exp_of(Lanes<float> x) {
   using F = Lanes<float>;
-  using I = LaneTypes<float>::Bits;
-  const F zero = {};
-  x = x > 89.0f ? zero + 89.0f : x;
-  x = x < -104.0f ? zero - 104.0f : x;
-  const F magic = zero + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const F n = (x * 1.44269504f + magic) - magic;
-  const F f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  F p = zero + 1.9875691500e-4f;
-  p = p * f + 1.3981999507e-3f;
-  p = p * f + 8.3334519073e-3f;
-  p = p * f + 4.1665795894e-2f;
-  p = p * f + 1.6666665459e-1f;
-  p = p * f + 5.0000001201e-1f;
-  p = p * (f * f) + f + 1.0f;
-  // 2^n in two factors, because n runs from -150 to 128.
-  const I whole = __builtin_convertvector(n, I), half = whole >> 1;
-  const I low = (half + 127) << 23, high = (whole - half + 127) << 23;
-  F low_scale, high_scale;
-  std::memcpy(&low_scale, &low, sizeof low);
-  std::memcpy(&high_scale, &high, sizeof high);
-  return p * low_scale * high_scale;
+  x = at_least(at_most(x, 88.9f), -88.0f);
+  const F magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const F n = multiply_add(x, broadcast(1.44269504f), magic) - magic;
+  const F f = multiply_add(n, broadcast(2.12194440e-4f), multiply_add(n, broadcast(-0.693359375f), x));
+  F q = broadcast(1.381446724e-3f);
+  q = multiply_add(q, f, broadcast(8.368780836e-3f));
+  q = multiply_add(q, f, broadcast(4.166839272e-2f));
+  q = multiply_add(q, f, broadcast(1.666651964e-1f));
+  q = multiply_add(q, f, broadcast(4.999999404e-1f));
+  const F p = multiply_add(q, f * f, f) + 1.0f;  // 1 last: near it, where memories are long, the error is half an ulp
+  return times_power_of_two(p, n);
 }
 
 inline Lanes<double> exp_of(Lanes<double> x) {
   for (int64_t lane = 0; lane < kLanes<double>; ++lane) x[lane] = std::exp(x[lane]);
   return x;
 }
-
-inline float float_of(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-inline uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-inline float from_bfloat16(uint16_t half) { return float_of(uint32_t(half) << 16); }
-
-inline uint16_t to_bfloat16(float value) {  // to nearest, ties to even
-  const uint32_t bits = bits_of(value);
-  return value != value ? uint16_t(0x7fc0) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-inline float from_float16(uint16_t half) {
-  const uint32_t sign = uint32_t(half & 0x8000) << 16, rest = uint32_t(half & 0x7fff) << 13;
-  // 2^112 moves the exponent bias from 15 to 127 and is right for denormals too; inf and NaN keep a full exponent.
-  const float magnitude = float_of(rest) * float_of(0x77800000);
-  const uint32_t bits = (half & 0x7c00) == 0x7c00 ? rest | 0x7f800000 : bits_of(magnitude);
-  return float_of(sign | bits);
-}
-
-inline uint16_t to_float16(float value) {  // to nearest, ties to even
-  const uint32_t bits = bits_of(value), sign = (bits >> 16) & 0x8000, rest = bits & 0x7fffffff;
-  // Below 2^-14 the sum with 0.5 leaves the rounded denormal in the low bits.
-  const uint32_t denormal = bits_of(float_of(rest) + 0.5f) - 0x3f000000;
-  const uint32_t normal = (rest - 0x38000000 + 0xfff + ((rest >> 13) & 1)) >> 13;
-  uint32_t half = rest < 0x38800000 ? denormal : normal;
-  half = rest >= 0x477ff000 ? 0x7c00 : half;  // 65520 and above round to inf
-  half = rest > 0x7f800000 ? 0x7e00 : half;
-  return uint16_t(sign | half);
-}
-
-inline char* element(const View& view, int64_t row, int64_t token, int64_t head) {
-  static constexpr int64_t kBytes[] = {4, 8, 2, 2};
-  const int64_t offset = row * view.batch_stride + token * view.token_stride + head * view.head_stride;
-  return static_cast<char*>(view.data) + offset * kBytes[static_cast<int>(view.dtype)];
-}
-
-template <class T>
-inline void load_row(T* to, const View& view, int64_t row, int64_t token, int64_t head, int64_t size) {
-  const char* from = element(view, row, token, head);
-  const auto halves = reinterpret_cast<const uint16_t*>(from);
-  switch (view.dtype) {
-    case Dtype::kFloat32:
-      for (int64_t i = 0; i < size; ++i) to[i] = T(reinterpret_cast<const float*>(from)[i]);
-      break;
-    case Dtype::kFloat64:
-      for (int64_t i = 0; i < size; ++i) to[i] = T(reinterpret_cast<const double*>(from)[i]);
-      break;
-    case Dtype::kBFloat16:
-      for (int64_t i = 0; i < size; ++i) to[i] = T(from_bfloat16(halves[i]));
-      break;
-    case Dtype::kFloat16:
-      for (int64_t i = 0; i < size; ++i) to[i] = T(from_float16(halves[i]));
-      break;
-  }
-}
-
-template <class T>
-inline void store_row(const T* from, const View& view, int64_t row, int64_t token, int64_t head, int64_t size) {
-  char* to = element(view, row, token, head);
-  const auto halves = reinterpret_cast<uint16_t*>(to);
-  switch (view.dtype) {
-    case Dtype::kFloat32:
-      for (int64_t i = 0; i < size; ++i) reinterpret_cast<float*>(to)[i] = float(from[i]);
-      break;
-    case Dtype::kFloat64:
-      for (int64_t i = 0; i < size; ++i) reinterpret_cast<double*>(to)[i] = double(from[i]);
-      break;
-    case Dtype::kBFloat16:
-      for (int64_t i = 0; i < size; ++i) halves[i] = to_bfloat16(float(from[i]));
-      break;
-    case Dtype::kFloat16:
-      for (int64_t i = 0; i < size; ++i) halves[i] = to_float16(float(from[i]));
-      break;
-  }
-}
-
-// Zeroed, cache-line aligned memory for one kernel call, cut into pieces.
-template <class T>
-class Scratch {
- public:
-  explicit Scratch(int64_t count)
-      : memory_(static_cast<T*>(::operator new(size_t(count) * sizeof(T), std::align_val_t(64)))), next_(memory_) {
-    std::memset(memory_, 0, size_t(count) * sizeof(T));
-  }
-  ~Scratch() { ::operator delete(memory_, std::align_val_t(64)); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  T* take(int64_t count) {
-    T* piece = next_;
-    next_ += count;
-    return piece;
-  }
-
- private:
-  T* memory_;
-  T* next_;
-};

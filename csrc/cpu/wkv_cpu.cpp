@@ -1,15 +1,16 @@
-// The ops on CPU tensors: one (sequence, head) pair is one piece of work, whatever the number of threads, so results do
-// not depend on it. The instruction set is chosen once, and ATEN_CPU_CAPABILITY limits it as it limits torch.
+// The ops on CPU tensors: one (sequence, head) pair is one piece of work, or several where there are fewer pairs than
+// threads; no sum is taken in another order for it, so results do not depend on the number of threads.
 #include "cpu/wkv_kernels.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "build_info.h"
+#include "cpu/denormals.h"
+#include "cpu/instruction_set.h"
 #include "wkv_prepare.h"
 #include "wkv_prepare_summary.h"
 
@@ -17,20 +18,13 @@ namespace rwkv {
 namespace {
 
 const WkvKernels& kernels() {
+  switch (instruction_set()) {
 #if defined(__x86_64__)
-  static const WkvKernels& chosen = []() -> const WkvKernels& {
-    const char* limit = std::getenv("ATEN_CPU_CAPABILITY");
-    const std::string wanted = limit ? limit : "avx512";
-    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (wanted == "avx512" && wide) return kWkvAvx512;
-    if (wanted != "default" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kWkvAvx2;
-    return kWkvGeneric;
-  }();
-  return chosen;
-#else
-  return kWkvGeneric;
+    case InstructionSet::kAvx512: return kWkvAvx512;
+    case InstructionSet::kAvx2: return kWkvAvx2;
 #endif
+    default: return kWkvGeneric;
+  }
 }
 
 std::vector<Sequence> sequences_of(const char* op, const WkvShape& shape) {
@@ -65,11 +59,25 @@ int64_t grain_of(const WkvShape& shape) {
   return std::max<int64_t>(1, 32768 / (tokens * shape.head_size * shape.head_size));
 }
 
+// How many parts the value columns of a head are divided into, so that every thread has one.
+int64_t column_parts(const WkvShape& shape) {
+  const int64_t pairs = std::max<int64_t>(1, shape.sequences * shape.heads), threads = thread_count();
+  const int64_t units = (shape.head_size + kColumnUnit - 1) / kColumnUnit;
+  return std::clamp<int64_t>((threads + pairs - 1) / pairs, 1, std::max<int64_t>(1, units));
+}
+
+// Calls body(sequence, head, columns) for all of them, `parts` pieces of columns each.
 template <class Body>
-void for_each_head(const char* op, const WkvShape& shape, const Body& body) {
-  const std::vector<Sequence> sequences = sequences_of(op, shape);
-  parallel_for(shape.sequences * shape.heads, grain_of(shape), [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) body(sequences[item / shape.heads], item % shape.heads);
+void for_each_head(const std::vector<Sequence>& sequences, const WkvShape& shape, int64_t parts, const Body& body) {
+  const int64_t units = (shape.head_size + kColumnUnit - 1) / kColumnUnit;
+  const auto border = [&](int64_t part) { return std::min(shape.head_size, part * units / parts * kColumnUnit); };
+  const int64_t grain = std::max<int64_t>(1, grain_of(shape) / parts);
+  parallel_for(shape.sequences * shape.heads * parts, grain, [&](int64_t begin, int64_t end) {
+    const FlushDenormals flush;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t pair = item / parts, first = border(item % parts);
+      body(sequences[pair / shape.heads], pair % shape.heads, Columns{first, border(item % parts + 1) - first});
+    }
   });
 }
 
@@ -98,8 +106,9 @@ Forward forward(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor&
   const ForwardCall call = prepare_forward(op, kDecay, r, k, v, w, u, state, cu_seqlens, save_for_backward);
   if (save_for_backward && call.params.shape.cu_seqlens)  // the slots that these lengths leave unused
     std::memset(call.chunk_states.data_ptr(), 0, call.chunk_states.numel() * call.chunk_states.element_size());
-  for_each_head(op, call.params.shape,
-                [&](const Sequence& sequence, int64_t head) { kernels().forward(call.params, sequence, head); });
+  const WkvShape& shape = call.params.shape;
+  for_each_head(sequences_of(op, shape), shape, column_parts(shape),
+                [&](const auto&... task) { kernels().forward(call.params, task...); });
   return {call.y, call.state_out, call.chunk_states, call.scores};
 }
 
@@ -114,8 +123,18 @@ Backward backward(const OptionalTensor& dy, const OptionalTensor& dstate_out, co
   std::vector<double> du(shape.sequences * shape.heads * shape.head_size), dw(shape.constant_decay ? du.size() : 0);
   call.params.du_partial = du.data();
   call.params.dw_partial = shape.constant_decay ? dw.data() : nullptr;
-  for_each_head(op, shape,
-                [&](const Sequence& sequence, int64_t head) { kernels().backward(call.params, sequence, head); });
+  const std::vector<Sequence> sequences = sequences_of(op, shape);
+  const int64_t parts = column_parts(shape);
+  OptionalTensor partial_sums;
+  if (parts > 1) {
+    partial_sums = new_empty(r, {kernels().partial_sums(shape)}, shape.fp64 ? ScalarType::Double : ScalarType::Float);
+    call.params.partial_sums = partial_sums->data_ptr();
+  }
+  for_each_head(sequences, shape, parts, [&](const auto&... task) { kernels().backward(call.params, task...); });
+  if (parts > 1)
+    for_each_head(sequences, shape, 1, [&](const Sequence& sequence, int64_t head, Columns) {
+      kernels().finish_backward(call.params, sequence, head);
+    });
   reduce_sequences(du, shape, call.du);
   if (shape.constant_decay) reduce_sequences(dw, shape, call.dw);
   return {call.dr, call.dk, call.dv, call.dw, call.du, call.dstate};
@@ -124,8 +143,9 @@ Backward backward(const OptionalTensor& dy, const OptionalTensor& dstate_out, co
 SummaryCall summarise(const char* op, Decay decay, bool adjoint, const Tensor& k, const Tensor& v, const Tensor& w,
                       const OptionalTensor& cu_seqlens) {
   SummaryCall call = prepare_summary(op, decay, adjoint, k, v, w, cu_seqlens);
-  for_each_head(op, call.params.shape,
-                [&](const Sequence& sequence, int64_t head) { kernels().summary(call.params, sequence, head); });
+  const WkvShape& shape = call.params.shape;
+  for_each_head(sequences_of(op, shape), shape, column_parts(shape),
+                [&](const auto&... task) { kernels().summary(call.params, task...); });
   return call;
 }
 
@@ -159,6 +179,7 @@ Tensor step(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, 
     if (slot >= 0) taken[slot] = true;
   }
   parallel_for(p.shape.batch * p.shape.heads, grain_of(p.shape), [&](int64_t begin, int64_t end) {
+    const FlushDenormals flush;
     for (int64_t item = begin; item < end; ++item) kernels().step(p, item / p.shape.heads, item % p.shape.heads);
   });
   return call.y;

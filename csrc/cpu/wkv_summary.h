@@ -1,44 +1,102 @@
-// A sequence seen from outside (S, e and G as in wkv_recurrence.h and wkv_adjoint.h):
+// A sequence seen from outside (S, e and G as in wkv_forward.h and wkv_backward.h):
 //   S_T[i,j]  = D[i] S_0[i,j] + L[i,j],   D[i] = prod_t e_t[i],   L = S_T from S_0 = 0
 //   G_-1[i,j] = D[i] G_T-1[i,j] + A[i,j],                         A = G_-1 from G_T-1 = 0
-// The recurrence of G is that of S with r and dy for k and v and the tokens in reverse, so one function has both.
-// Included after wkv_recurrence.h, inside rwkv::RWKV_ISA.
+// The recurrence of G is that of S with r and dy for k and v and the tokens in reverse, so one class has both.
+// Included after wkv_forward.h, inside rwkv::RWKV_ISA.
 
-// state[i,j] = decay[i] state[i,j] + k[i] v[j], and total[i] *= decay[i].
-template <class T>
-inline void summary_token(const T* k, const T* v, const T* decay, T* state, T* total, int64_t size, int64_t stride) {
-  for_panels<T>(stride, [&](int64_t column, auto width) {
-    constexpr int kWidth = decltype(width)::value;
-    Lanes<T> value[kWidth];
-    for (int p = 0; p < kWidth; ++p) value[p] = load<T>(v + column + p * kLanes<T>);
-    for (int64_t i = 0; i < size; ++i) {
-      T* row = state + i * stride + column;
-      for (int p = 0; p < kWidth; ++p)
-        store<T>(row + p * kLanes<T>, decay[i] * load<T>(row + p * kLanes<T>) + k[i] * value[p]);
-    }
-  });
-  for (int64_t i = 0; i < stride; i += kLanes<T>) store<T>(total + i, load<T>(total + i) * load<T>(decay + i));
-}
-
-template <class T>
-void summary_sequence(const WkvSummaryParams& p, const Sequence& sequence, int64_t head) {
-  const int64_t size = p.shape.head_size, stride = padded(size, kLanes<T>);
-  Scratch<T> scratch(size * stride + 6 * stride);
-  T* state = scratch.take(size * stride);
-  T *k = scratch.take(stride), *v = scratch.take(stride), *w = scratch.take(stride);
-  T *rate = scratch.take(stride), *decay = scratch.take(stride), *total = scratch.take(stride);
-  for (int64_t i = 0; i < stride; ++i) total[i] = T(1);
-  for (int64_t t = 0; t < sequence.tokens; ++t) {
-    const int64_t token = sequence.first_token + (p.adjoint ? sequence.tokens - 1 - t : t);
-    load_row(k, p.k, sequence.row, token, head, size);
-    load_row(v, p.v, sequence.row, token, head, size);
-    if (t == 0 || !p.shape.constant_decay) {
-      load_row(w, p.w, sequence.row, token, head, size);
-      decay_row(w, rate, decay, stride);
-    }
-    summary_token(k, v, decay, state, total, size, stride);
+template <class T, int kSize>
+inline void advance_panel(const T* const (&k)[kBlock], const T* decay, const T* const (&v)[kBlock], int64_t column,
+                          T* state, int64_t size) {
+  if constexpr (kSize > 0) size = kSize;
+  Lanes<T> value[kBlock][kPanel];
+#pragma GCC unroll 8
+  for (int t = 0; t < kBlock; ++t)
+#pragma GCC unroll 8
+    for (int p = 0; p < kPanel; ++p) value[t][p] = load<T>(v[t] + column + p * kLanes<T>);
+#pragma GCC unroll 2
+  for (int64_t i = 0; i < size; ++i) {
+    T* row = state + i * kPanelColumns<T>;
+    Lanes<T> next[kPanel];
+#pragma GCC unroll 8
+    for (int p = 0; p < kPanel; ++p) next[p] = broadcast(decay[i]) * load<T>(row + p * kLanes<T>);
+#pragma GCC unroll 8
+    for (int t = 0; t < kBlock; ++t)
+#pragma GCC unroll 8
+      for (int p = 0; p < kPanel; ++p) next[p] = multiply_add(broadcast(k[t][i]), value[t][p], next[p]);
+#pragma GCC unroll 8
+    for (int p = 0; p < kPanel; ++p) store<T>(row + p * kLanes<T>, next[p]);
   }
-  const int64_t pair = sequence.index * p.shape.heads + head;
-  copy_square(static_cast<T*>(p.state) + pair * size * size, size, state, stride, size);
-  if (p.decay) std::memcpy(static_cast<T*>(p.decay) + pair * size, total, size_t(size) * sizeof(T));
 }
+
+template <class T, int kSize>
+class SummarySequence {
+ public:
+  SummarySequence(const WkvSummaryParams& params, const Sequence& sequence, int64_t head, Columns columns)
+      : p_(params), at_(sequence), head_(head), columns_(columns), size_(kSize ? kSize : params.shape.head_size),
+        stride_(padded(size_, kPanelColumns<T>)), width_(padded(columns.count, kPanelColumns<T>)),
+        scratch_(size_ * width_ + 3 * kBlock * stride_ + (2 * kBlock + 5) * stride_),
+        k_(all_keys(params.k), size_, stride_, scratch_),
+        w_(all_keys(params.w), size_, stride_, scratch_),
+        v_(own_columns(params.v), columns.count, width_, scratch_) {
+    state_ = scratch_.take_zeros(size_ * width_);
+    for (T*& row : decay_) row = scratch_.take(stride_);
+    for (T*& row : folded_k_) row = scratch_.take(stride_);
+    rate_ = scratch_.take(stride_), folded_decay_ = scratch_.take(stride_), zeros_ = scratch_.take_zeros(stride_);
+    ones_ = scratch_.take(stride_), total_ = scratch_.take(stride_);
+    for (int64_t i = 0; i < stride_; ++i) ones_[i] = total_[i] = T(1);
+  }
+
+  void run() {
+    if (p_.shape.constant_decay && at_.tokens) decay_row(w_.at(0, 0), rate_, decay_[0], stride_);
+    for (int64_t t = 0; t < at_.tokens; t += kBlock) run_block(t);
+    const int64_t pair = at_.index * p_.shape.heads + head_;
+    store_state(static_cast<T*>(p_.state) + pair * size_ * size_ + columns_.first, state_, size_, columns_.count);
+    if (p_.decay && columns_.first == 0)
+      std::memcpy(static_cast<T*>(p_.decay) + pair * size_, total_, size_t(size_) * sizeof(T));
+  }
+
+ private:
+  TokenRows all_keys(const View& view) const { return TokenRows(view, at_.row, head_, size_); }
+  TokenRows own_columns(const View& view) const {
+    return TokenRows(narrow(view, columns_.first), at_.row, head_, columns_.count);
+  }
+
+  void run_block(int64_t first) {
+    const T *k[kBlock], *v[kBlock], *decay[kBlock];
+    for (int t = 0; t < kBlock; ++t) {
+      const int64_t step = first + t;
+      const int64_t token = at_.first_token + (p_.adjoint ? at_.tokens - 1 - step : step);
+      const bool exists = step < at_.tokens;
+      const int64_t fetch =
+          step + kPrefetchTokens < at_.tokens ? token + (p_.adjoint ? -kPrefetchTokens : kPrefetchTokens) : -1;
+      k[t] = exists ? k_.at(t, token, fetch) : zeros_;
+      v[t] = exists ? v_.at(t, token, fetch) : zeros_;
+      decay[t] = !exists ? ones_ : p_.shape.constant_decay ? decay_[0] : decay_[t];
+      if (exists && !p_.shape.constant_decay)
+        decay_row(w_.at(t, token, fetch), rate_, decay_[t], stride_);
+    }
+    for (int64_t i = 0; i < stride_; i += kLanes<T>) {
+      Lanes<T> k_panel[kBlock], decay_panel[kBlock];
+      load_panel(k_panel, k, i);
+      load_panel(decay_panel, decay, i);
+      const auto folded = fold_keys<T>(k_panel, decay_panel);
+#pragma GCC unroll 8
+      for (int t = 0; t < kBlock; ++t) store<T>(folded_k_[t] + i, folded.k[t]);
+      store<T>(folded_decay_ + i, folded.decay);
+      store<T>(total_ + i, load<T>(total_ + i) * folded.decay);
+    }
+    const T* keys[kBlock];
+    for (int t = 0; t < kBlock; ++t) keys[t] = folded_k_[t];
+    for (int64_t column = 0; column < width_; column += kPanelColumns<T>)
+      advance_panel<T, kSize>(keys, folded_decay_, v, column, state_ + size_ * column, size_);
+  }
+
+  const WkvSummaryParams& p_;
+  const Sequence& at_;
+  const int64_t head_;
+  const Columns columns_;
+  const int64_t size_, stride_, width_;
+  Scratch<T> scratch_;
+  InputRows<T> k_, w_, v_;
+  T *state_, *decay_[kBlock], *folded_k_[kBlock], *rate_, *folded_decay_, *zeros_, *ones_, *total_;
+};

@@ -1,0 +1,134 @@
+// Rows of tensors in and out of arithmetic precision T, and the memory that kernels work in. Included after elements.h.
+
+inline float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float from_bfloat16(uint16_t half) { return float_of(uint32_t(half) << 16); }
+
+inline uint16_t to_bfloat16(float value) {  // to nearest, ties to even
+  const uint32_t bits = bits_of(value);
+  return value != value ? uint16_t(0x7fc0) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline float from_float16(uint16_t half) {
+  const uint32_t sign = uint32_t(half & 0x8000) << 16, rest = uint32_t(half & 0x7fff) << 13;
+  // As a denormal the mantissa counts units of 2^-24; it is converted as an integer because denormal floats are flushed.
+  const uint32_t denormal = bits_of(float(int32_t(half & 0x3ff)) * 5.9604645e-8f);
+  const uint32_t normal = (half & 0x7c00) == 0x7c00 ? rest | 0x7f800000 : rest + 0x38000000;
+  return float_of(sign | (half & 0x7c00 ? normal : denormal));
+}
+
+inline uint16_t to_float16(float value) {  // to nearest, ties to even
+  const uint32_t bits = bits_of(value), sign = (bits >> 16) & 0x8000, rest = bits & 0x7fffffff;
+  // Below 2^-14 the sum with 0.5 leaves the rounded denormal in the low bits.
+  const uint32_t denormal = bits_of(float_of(rest) + 0.5f) - 0x3f000000;
+  const uint32_t normal = (rest - 0x38000000 + 0xfff + ((rest >> 13) & 1)) >> 13;
+  uint32_t half = rest < 0x38800000 ? denormal : normal;
+  half = rest >= 0x477ff000 ? 0x7c00 : half;  // 65520 and above round to inf
+  half = rest > 0x7f800000 ? 0x7e00 : half;
+  return uint16_t(sign | half);
+}
+
+template <class T>
+constexpr Dtype kDtypeOf = sizeof(T) == 8 ? Dtype::kFloat64 : Dtype::kFloat32;
+
+inline int64_t bytes_of(Dtype dtype) {
+  constexpr int64_t kBytes[] = {4, 8, 2, 2};
+  return kBytes[static_cast<int>(dtype)];
+}
+
+inline char* element(const View& view, int64_t row, int64_t token, int64_t head) {
+  const int64_t offset = row * view.batch_stride + token * view.token_stride + head * view.head_stride;
+  return static_cast<char*>(view.data) + offset * bytes_of(view.dtype);
+}
+
+// To and from memory of any dtype that is computed in T.
+template <class T>
+inline void load_row(T* to, const void* memory, Dtype dtype, int64_t size) {
+  for_element(dtype, [&](auto element) {
+    using E = decltype(element);
+    if constexpr (std::is_same_v<Real<E>, T>)
+      for_lanes<T>(size, [&](auto place) { put(to, place, get(static_cast<const E*>(memory), place)); });
+  });
+}
+
+template <class T>
+inline void store_row(const T* from, void* memory, Dtype dtype, int64_t size) {
+  for_element(dtype, [&](auto element) {
+    using E = decltype(element);
+    if constexpr (std::is_same_v<Real<E>, T>)
+      for_lanes<T>(size, [&](auto place) { put(static_cast<E*>(memory), place, get(from, place)); });
+  });
+}
+
+template <class T>
+inline void load_row(T* to, const View& view, int64_t row, int64_t token, int64_t head, int64_t size) {
+  load_row(to, element(view, row, token, head), view.dtype, size);
+}
+
+template <class T>
+inline void store_row(const T* from, const View& view, int64_t row, int64_t token, int64_t head, int64_t size) {
+  store_row(from, element(view, row, token, head), view.dtype, size);
+}
+
+inline int64_t padded(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Memory of this thread for one kernel call, handed out in cache lines. It is kept for the next call, because fresh
+// pages of this size cost as much as a short sequence; what is larger than kKept is given back.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) : bytes_(padded(count * int64_t(sizeof(T)), 64)) {
+    if (bytes_ > kept().bytes) kept().resize(bytes_);
+    next_ = static_cast<char*>(kept().memory);
+  }
+  ~Scratch() {
+    if (bytes_ > kKept) kept().resize(0);
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  // Room for `count` elements, a multiple of a cache line's worth, with anything in it.
+  T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(next_);
+    next_ += count * int64_t(sizeof(T));
+    return piece;
+  }
+  T* take_zeros(int64_t count) {
+    T* piece = take(count);
+    std::memset(piece, 0, size_t(count) * sizeof(T));
+    return piece;
+  }
+
+ private:
+  static constexpr int64_t kKept = 4 << 20;
+  struct Kept {
+    void* memory = nullptr;
+    int64_t bytes = 0;
+    ~Kept() { resize(0); }
+    void resize(int64_t wanted) {
+      if (memory) ::operator delete(memory, std::align_val_t(64));
+      memory = nullptr, bytes = 0;
+      if (wanted) memory = ::operator new(size_t(wanted), std::align_val_t(64));
+      bytes = wanted;
+    }
+  };
+  static Kept& kept() {
+    static thread_local Kept kept;
+    return kept;
+  }
+
+  int64_t bytes_;
+  char* next_;
+};
