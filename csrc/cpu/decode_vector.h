@@ -40,8 +40,8 @@ inline Floats tanh_of(Floats x) {
   // Beyond 9 fp32's tanh is 1; within it exp stays finite.
   x = x > 9.0f ? Floats{} + 9.0f : x;
   x = x < -9.0f ? Floats{} - 9.0f : x;
-  const Floats e = exp_of(x + x);
-  return (e - 1.0f) / (e + 1.0f);
+  const Floats e = exp_minus_1_of(x + x);
+  return e / (e + 2.0f);
 }
 
 // To mean 0 and variance 1; any size; in and out may be the same.

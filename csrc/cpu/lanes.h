@@ -130,11 +130,14 @@ inline Lanes<float> times_power_of_two(Lanes<float> p, Lanes<float> n) {
 #endif
 }
 
-// exp(x) to less than 1 ulp: 2^n exp(f), |f| <= ln 2 / 2, where exp(f) = 1 + f + f^2 q(f) and q is the best of its degree
-// (3e-9 of the result). Overflows to inf from 88.4 on, is 0 where the result would be denormal, keeps NaN.
-inline Lanes<float> exp_of(Lanes<float> x) {
+// x = n ln 2 + f with n whole and |f| <= ln 2 / 2, and exp(f) - 1 = f + f^2 q(f), where q is the best polynomial of its
+// degree (3e-9 of exp(f)). x must lie in -88 .. 89 or be NaN.
+struct ReducedExponent {
+  Lanes<float> n, exp_minus_1;
+};
+
+inline ReducedExponent reduced_exponent(Lanes<float> x) {
   using F = Lanes<float>;
-  x = at_least(at_most(x, 88.9f), -88.0f);
   const F magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const F n = multiply_add(x, broadcast(1.44269504f), magic) - magic;
   const F f = multiply_add(n, broadcast(2.12194440e-4f), multiply_add(n, broadcast(-0.693359375f), x));
@@ -143,8 +146,21 @@ inline Lanes<float> exp_of(Lanes<float> x) {
   q = multiply_add(q, f, broadcast(4.166839272e-2f));
   q = multiply_add(q, f, broadcast(1.666651964e-1f));
   q = multiply_add(q, f, broadcast(4.999999404e-1f));
-  const F p = multiply_add(q, f * f, f) + 1.0f;  // 1 last: near it, where memories are long, the error is half an ulp
-  return times_power_of_two(p, n);
+  return {n, multiply_add(q, f * f, f)};
+}
+
+// exp(x) to less than 1 ulp, half an ulp near 1, where memories are long. Overflows to inf from 88.4 on, is 0 where the
+// result would be denormal, keeps NaN.
+inline Lanes<float> exp_of(Lanes<float> x) {
+  const ReducedExponent reduced = reduced_exponent(at_least(at_most(x, 88.9f), -88.0f));
+  return times_power_of_two(reduced.exp_minus_1 + 1.0f, reduced.n);
+}
+
+// exp(x) - 1, to an ulp or two near 0 as well; x as for reduced_exponent().
+inline Lanes<float> exp_minus_1_of(Lanes<float> x) {
+  const ReducedExponent reduced = reduced_exponent(x);
+  const Lanes<float> scale = times_power_of_two(broadcast(1.0f), reduced.n);
+  return multiply_add(scale, reduced.exp_minus_1, scale - 1.0f);
 }
 
 inline Lanes<double> exp_of(Lanes<double> x) {
