@@ -92,6 +92,10 @@ class Checks {
 
   void same_shape_and_dtype(const char* name, const Tensor& x) const {
     same_shape(name, x);
+    same_dtype(name, x);
+  }
+
+  void same_dtype(const char* name, const Tensor& x) const {
     if (x.scalar_type() != like_.scalar_type())
       fail(op_, ": ", name, " must have ", like_name_, "'s dtype ", dtype_text(like_.scalar_type()), ", got ",
            dtype_text(x.scalar_type()), "; convert it with .to(", like_name_, ".dtype)");

@@ -51,6 +51,17 @@ STABLE_TORCH_LIBRARY(rwkv_ext, m) {
   m.def("rwkv6_step(Tensor x, Tensor[] weights, Tensor[] scales, Tensor(a!) att_shift, Tensor(b!) wkv, "
         "Tensor(c!) ffn_shift, Tensor? slots) -> Tensor");
   m.def("cross_entropy_rows(Tensor(a!) logits, Tensor targets, float l2wrap, bool overwrite) -> Tensor");
+  m.def("shift_mix(Tensor h, Tensor? last, Tensor weights, Tensor[] low, Tensor? cu_seqlens, bool weighs_current) "
+        "-> Tensor[]");
+  m.def("shift_mix_backward(Tensor[] dmixed, Tensor h, Tensor? last, Tensor weights, Tensor[] low, "
+        "Tensor? cu_seqlens, bool weighs_current) -> (Tensor dh, Tensor dlast, Tensor dweights, Tensor[] dlow)");
+  m.def("head_norm_gate(Tensor y, Tensor weight, Tensor bias, Tensor gate, float eps) -> Tensor");
+  m.def("head_norm_gate_backward(Tensor dout, Tensor y, Tensor weight, Tensor bias, Tensor gate, float eps) "
+        "-> (Tensor dy, Tensor dweight, Tensor dbias, Tensor dgate)");
+  m.def("squared_relu(Tensor x) -> Tensor");
+  m.def("squared_relu_backward(Tensor dout, Tensor x) -> Tensor");
+  m.def("sigmoid_gate(Tensor gate, Tensor x) -> Tensor");
+  m.def("sigmoid_gate_backward(Tensor dout, Tensor gate, Tensor x) -> (Tensor dgate, Tensor dx)");
   m.def("build_info() -> str");
 }
 

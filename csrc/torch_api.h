@@ -44,8 +44,18 @@ inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes
   return in_torchs_words([&] { return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, dtype); });
 }
 
+inline Tensor contiguous_like(const Tensor& x) {
+  return in_torchs_words([&] { return torch::stable::new_empty(x, x.sizes()); });
+}
+
 inline Tensor contiguous_copy(const Tensor& x) {
-  Tensor copy = in_torchs_words([&] { return torch::stable::new_empty(x, x.sizes()); });
+  Tensor copy = contiguous_like(x);
+  torch::stable::copy_(copy, x);
+  return copy;
+}
+
+inline Tensor converted(const Tensor& x, ScalarType dtype) {
+  Tensor copy = in_torchs_words([&] { return torch::stable::new_empty(x, x.sizes(), dtype); });
   torch::stable::copy_(copy, x);
   return copy;
 }

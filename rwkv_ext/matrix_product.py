@@ -50,6 +50,8 @@ _HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.back
 
 
 def _by_onednn(x: Tensor, weight: Tensor) -> Tensor:
+    if not (weight.is_contiguous() or weight.t().is_contiguous()):
+        weight = weight.contiguous()  # other strides send oneDNN to its reference code, a hundred times slower
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
 
 

@@ -265,7 +265,7 @@ def test_messages_name_the_argument():
 @pytest.mark.parametrize("cuts", [[0, 3, 2, 5], [0, 9], [1, 5], [0, 4]], ids=str)
 def test_wrong_cu_seqlens_are_reported_by_the_op(cuts):
     model = random_model(SMALL["finch"])
-    with pytest.raises(ValueError, match="wkv6: cu_seqlens must (start with 0|end with T = 5|not (decrease|exceed T))"):
+    with pytest.raises(ValueError, match="shift_mix: cu_seqlens must (start with 0|end with T = 5|not decrease)"):
         model(random_tokens(model.config, 1, 5), cu_seqlens=torch.tensor(cuts))
 
 

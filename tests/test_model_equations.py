@@ -8,6 +8,7 @@ from model_cases import SMALL, one_thread, random_model, random_tokens  # noqa: 
 
 from rwkv_ext.models import RWKVState
 from rwkv_ext.models.time_mix import HeadNorm
+from rwkv_ext.models.token_shift import TokenShift
 
 KINDS = pytest.mark.parametrize("kind", SMALL)
 T = 19
@@ -150,10 +151,9 @@ def test_no_decay_and_unit_bonus_count_every_token_alike():
     with torch.no_grad():
         att.time_decay.fill_(-1e9)
         att.time_faaaa.fill_(1)
-        previous = F.pad(h, (0, 0, 1, -1))
-        r, k, v, g, _ = att.mix(h[0], previous[0])
+        r, k, v, g, _ = (x[0] for x in att.mix(TokenShift(h, None)))
         y = torch.einsum("thi,thij->thj", r, torch.einsum("thi,thj->thij", k, v).cumsum(0))
-        expected = att.output(att.ln_x(y) * g)
+        expected = att.output(att.ln_x(y, g))
         torch.testing.assert_close(att(h, None, None, None)[0][0], expected)
 
 
@@ -162,9 +162,10 @@ def test_head_norm_ignores_scale_except_through_eps():
     with torch.no_grad():
         norm.weight.uniform_(0.5, 2)
         norm.bias.normal_()
-    y = torch.randn(7, 2, 16, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(norm(y * 1e3), norm(y * 1e5), rtol=1e-4, atol=1e-5)
+    y, gate = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(0))
+    y = y.view(7, 2, 16)
+    torch.testing.assert_close(norm(y * 1e3, gate), norm(y * 1e5, gate), rtol=1e-4, atol=1e-5)
     mean, variance = y.mean(-1, keepdim=True), y.var(-1, unbiased=False, keepdim=True)
     for scale in (1.0, 1e-2):
         expected = (scale * (y - mean) / (scale**2 * variance + 64e-5).sqrt()).flatten(1) * norm.weight + norm.bias
-        torch.testing.assert_close(norm(scale * y), expected)
+        torch.testing.assert_close(norm(scale * y, gate), expected * F.silu(gate))

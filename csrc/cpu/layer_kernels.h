@@ -1,4 +1,5 @@
-// What one instruction set's translation unit offers to layer_cpu.cpp. A call handles the rows begin to end - 1.
+// What one instruction set's translation unit offers to layer_cpu.cpp. A call handles rows (tokens, elements)
+// begin to end - 1.
 #pragma once
 
 #include "layer_params.h"
@@ -8,6 +9,15 @@ namespace rwkv {
 struct LayerKernels {
   // scratch has room for a row in arithmetic precision.
   void (*cross_entropy)(const CrossEntropyParams&, int64_t begin, int64_t end, void* scratch);
+  void (*mix)(const MixParams&, int64_t begin, int64_t end);
+  // Of one block of kPartialRows tokens or rows; scratch has room for two rows.
+  void (*mix_backward)(const MixParams&, int64_t block, void* scratch);
+  void (*head_norm_gate)(const HeadNormParams&, int64_t begin, int64_t end, void* scratch);
+  void (*head_norm_gate_backward)(const HeadNormParams&, int64_t block, void* scratch);
+  void (*squared_relu)(const PointwiseParams&, int64_t begin, int64_t end);
+  void (*squared_relu_backward)(const PointwiseParams&, int64_t begin, int64_t end);
+  void (*sigmoid_gate)(const PointwiseParams&, int64_t begin, int64_t end);
+  void (*sigmoid_gate_backward)(const PointwiseParams&, int64_t begin, int64_t end);
 };
 
 extern const LayerKernels kLayerGeneric;

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from .._layer_registration import has_layer_ops
 from .config import EAGLE, RWKVConfig
 from .projection import Projection
-from .token_shift import Packing, shift_tokens
+from .token_shift import Packing, TokenShift
 
 
 class ChannelMix(nn.Module):
@@ -26,16 +27,19 @@ class ChannelMix(nn.Module):
 
     def forward(self, h: Tensor, last: Tensor | None, packing: Packing | None) -> tuple[Tensor, Tensor]:
         """Return (output, newest h [B or nseq, D]); last is the carried h, None for zeros."""
-        previous, newest = shift_tokens(h, last, packing)
-        return self._gated(h, previous), newest
+        shift = TokenShift(h, last, packing)
+        return self._gated(shift), shift.newest()
 
     def step(self, h: Tensor, last: Tensor) -> Tensor:
         """Take one token, h [B, D], and update last [B, D] in place; return [B, D]."""
-        previous = last.to(h.dtype, copy=True)
+        out = self._gated(TokenShift(h.unsqueeze(1), last)).squeeze(1)
         last.copy_(h)
-        return self._gated(h, previous)
+        return out
 
-    def _gated(self, h: Tensor, previous: Tensor) -> Tensor:
-        start, end = (previous, h) if self.weighs_current else (h, previous)
-        k, r = (torch.lerp(start, end, getattr(self, self.mixing + name).flatten().to(h.dtype)) for name in ("k", "r"))
-        return torch.sigmoid(self.receptance(r)) * self.value(torch.relu(self.key(k)).square())
+    def _gated(self, shift: TokenShift) -> Tensor:
+        static = torch.cat([getattr(self, self.mixing + name) for name in ("k", "r")]).flatten(1)
+        k, r = shift.mix(static, weighs_current=self.weighs_current)
+        gate, key = self.receptance(r), self.key(k)
+        if has_layer_ops(gate):
+            return torch.ops.rwkv_ext.sigmoid_gate(gate, self.value(torch.ops.rwkv_ext.squared_relu(key)))
+        return torch.sigmoid(gate) * self.value(torch.relu(key).square())

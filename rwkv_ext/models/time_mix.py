@@ -1,6 +1,6 @@
 """Time mix: token shift, projections, the wkv recurrence, head norm and gate (arXiv 2404.05892, section 4).
 
-Shapes: h [B, T, D] layer-normed input; tokens as rows [M, D] with M = B * T; r, k, v [B, T, H, N]; y as r;
+Shapes: h [B, T, D] layer-normed input; r, k, v [B, T, H, N]; y as r; tokens as rows [M, D] with M = B * T;
 w the raw decay parameter omega, [B, T, H, N] (Finch) or [H, N] (Eagle); u [H, N]; state [B, H, N(key), N(value)].
 Parameter names, shapes and order are those of the released .pth files.
 """
@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from .._layer_registration import has_layer_ops
 from ..matrix_product import linear
 from .config import RWKVConfig
 from .projection import Projection
-from .token_shift import Packing, shift_tokens
+from .token_shift import Packing, TokenShift
 
 # Official Eagle code divides y by 8 and uses 1e-5; 64e-5 on the undivided y, as for Finch, is the same function.
 HEAD_NORM_EPS = 64e-5
@@ -27,12 +28,17 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_channels))
         self.bias = nn.Parameter(torch.empty(n_channels))
 
-    def forward(self, y: Tensor) -> Tensor:
-        """Map y [M, H, N] to [M, H * N] in y's dtype."""
+    def forward(self, y: Tensor, gate: Tensor) -> Tensor:
+        """Map y [M, H, N] and gate [M, H * N] to norm(y) * silu(gate) [M, H * N] in y's dtype."""
+        weight, bias = self.weight, self.bias
+        if weight.dtype != y.dtype:
+            weight, bias = weight.float(), bias.float()
+        if has_layer_ops(y):
+            return torch.ops.rwkv_ext.head_norm_gate(y, weight, bias, gate, HEAD_NORM_EPS)
         wide = torch.promote_types(y.dtype, torch.float32)
         # Several times faster on a CPU than group_norm, which is the same function.
         normal = F.layer_norm(y.to(wide), y.shape[-1:], eps=HEAD_NORM_EPS).flatten(1)
-        return torch.addcmul(self.bias.to(wide), normal, self.weight.to(wide)).to(y.dtype)
+        return torch.addcmul(bias.to(wide), normal, weight.to(wide)).to(y.dtype) * F.silu(gate)
 
 
 class TimeMix(nn.Module):
@@ -57,22 +63,22 @@ class TimeMix(nn.Module):
         self, h: Tensor, last: Tensor | None, state: Tensor | None, packing: Packing | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return (output [B, T, D], newest h [B or nseq, D], state after the last token); None stands for zeros."""
-        previous, newest = shift_tokens(h, last, packing)
-        r, k, v, g, w = self.mix(h.flatten(0, 1), previous.flatten(0, 1))
-        tokens = (*h.shape[:2], self.n_head, self.head_size)
-        r, k, v, w = (x.view(tokens) if x.dim() == 3 else x for x in (r, k, v, w))
+        shift = TokenShift(h, last, packing)
+        r, k, v, g, w = self.mix(shift)
         cu_seqlens = None if packing is None else packing.cu_seqlens
         y, state = self._wkv(r, k, v, w, self._bonus(), state, cu_seqlens)
-        return self._project(y.flatten(0, 1), g).view(h.shape), newest, state
+        return self._project(y.flatten(0, 1), g.flatten(0, 1)).view(h.shape), shift.newest(), state
 
     def step(self, h: Tensor, last: Tensor, state: Tensor) -> Tensor:
         """Take one token, h [B, D], under no_grad; update last [B, D] and state [B, H, N, N] in place."""
-        r, k, v, g, w = self.mix(h, last.to(h.dtype))
+        r, k, v, g, w = self.mix(TokenShift(h.unsqueeze(1), last))
         last.copy_(h)
+        r, k, v, g = (x.squeeze(1) for x in (r, k, v, g))
+        w = w.squeeze(1) if w.dim() == 4 else w
         return self._project(self._wkv_step(r, k, v, w, self._bonus(), state), g)
 
-    def mix(self, h: Tensor, previous: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Map h and previous [M, D] to r, k, v [M, H, N], the gate g [M, A] and omega ([M, H, N] or [H, N], fp32)."""
+    def mix(self, shift: TokenShift) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return r, k, v [B, T, H, N], the gate before silu [B, T, A] and omega ([B, T, H, N] or [H, N], fp32)."""
         raise NotImplementedError
 
     def _add_mixing(self, config: RWKVConfig) -> None:
@@ -80,13 +86,13 @@ class TimeMix(nn.Module):
 
     def _heads(self, r: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         projected = (self.receptance(r), self.key(k), self.value(v))
-        return tuple(x.unflatten(-1, (self.n_head, self.head_size)) for x in projected)
+        return tuple(x.unflatten(2, (self.n_head, self.head_size)) for x in projected)
 
     def _bonus(self) -> Tensor:
         return self.time_faaaa.to(torch.promote_types(self.time_faaaa.dtype, torch.float32))
 
     def _project(self, y: Tensor, g: Tensor) -> Tensor:
-        return self.output(self.ln_x(y) * g)
+        return self.output(self.ln_x(y, g))
 
 
 class EagleTimeMix(TimeMix):
@@ -100,14 +106,12 @@ class EagleTimeMix(TimeMix):
             setattr(self, name, nn.Parameter(torch.empty(1, 1, config.n_embd)))
         self.time_decay = nn.Parameter(torch.empty(config.n_head, config.head_size))
 
-    def mix(self, h: Tensor, previous: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def mix(self, shift: TokenShift) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """See TimeMix.mix; omega is [H, N]."""
-        k, v, r, g = (
-            torch.lerp(previous, h, weight.flatten().to(h.dtype))
-            for weight in (self.time_mix_k, self.time_mix_v, self.time_mix_r, self.time_mix_g)
-        )
+        static = (self.time_mix_k, self.time_mix_v, self.time_mix_r, self.time_mix_g)
+        k, v, r, g = shift.mix(torch.cat(static).flatten(1), weighs_current=True)
         omega = self.time_decay.to(torch.promote_types(self.time_decay.dtype, torch.float32))
-        return *self._heads(r, k, v), F.silu(self.gate(g)), omega
+        return *self._heads(r, k, v), self.gate(g), omega
 
 
 class FinchTimeMix(TimeMix):
@@ -129,17 +133,14 @@ class FinchTimeMix(TimeMix):
         self.time_decay_w1 = nn.Parameter(torch.empty(width, config.decay_rank))
         self.time_decay_w2 = nn.Parameter(torch.empty(config.decay_rank, config.dim_att))
 
-    def mix(self, h: Tensor, previous: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """See TimeMix.mix; omega is [M, H, N]: low-rank products in h's dtype, added to time_decay in fp32."""
-        difference = previous - h
-        mixed = torch.addcmul(h, difference, self.time_maa_x.flatten().to(h.dtype))
-        low = torch.tanh(linear(mixed, self.time_maa_w1.t()))
-        low = low.unflatten(1, (5, -1)).transpose(0, 1)
-        # One batched product gives all five vectors, [5, M, D] in the files' order w, k, v, r, g.
+    def mix(self, shift: TokenShift) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """See TimeMix.mix; omega is [B, T, H, N]: low-rank products in h's dtype, added to time_decay in fp32."""
+        (mixed,) = shift.mix(self.time_maa_x.flatten(0, 1))
+        low = torch.tanh(linear(mixed, self.time_maa_w1.t())).unflatten(2, (5, -1))
+        # The files' order: w, k, v, r, g.
         static = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
-        weights = torch.baddbmm(torch.cat(static).to(h.dtype), low, self.time_maa_w2)
-        w, k, v, r, g = (torch.addcmul(h, difference, weight) for weight in weights.unbind(0))
+        w, k, v, r, g = shift.mix(torch.cat(static).flatten(1), low, self.time_maa_w2)
         low_decay = linear(torch.tanh(linear(w, self.time_decay_w1.t())), self.time_decay_w2.t())
         wide = torch.promote_types(self.time_decay.dtype, torch.float32)
         omega = self.time_decay.flatten().to(wide) + low_decay.to(wide)
-        return *self._heads(r, k, v), F.silu(self.gate(g)), omega.unflatten(1, (self.n_head, self.head_size))
+        return *self._heads(r, k, v), self.gate(g), omega.unflatten(2, (self.n_head, self.head_size))

@@ -1,0 +1,56 @@
+// The channel mix's element by element functions (layer_params.h, PointwiseParams), forward and backward:
+//   squared ReLU  out = max(a, 0)^2,          da = 2 max(a, 0) dout
+//   gate          out = s b, s = sigmoid(a),  da = dout b s (1 - s),  db = dout s
+// Included after head_norm.h, inside namespace rwkv::RWKV_ISA.
+
+// Calls body(element, place) for elements begin to end - 1; place counts from the tensors' first element.
+template <class Body>
+inline void for_elements(const PointwiseParams& p, int64_t begin, int64_t end, const Body& body) {
+  for_element(p.dtype, [&](auto element) {
+    using T = Real<decltype(element)>;
+    for_lanes<T>(end - begin, [&](auto place) {
+      place.at += begin;
+      body(element, place);
+    });
+  });
+}
+
+template <class T>
+inline Lanes<T> relu_of(Lanes<T> x) {
+  return x < T(0) ? Lanes<T>{} : x;  // keeps NaN
+}
+
+void squared_relu(const PointwiseParams& p, int64_t begin, int64_t end) {
+  for_elements(p, begin, end, [&](auto element, auto place) {
+    using E = decltype(element);
+    const auto x = relu_of<Real<E>>(get(static_cast<const E*>(p.a), place));
+    put(static_cast<E*>(p.out), place, x * x);
+  });
+}
+
+void squared_relu_backward(const PointwiseParams& p, int64_t begin, int64_t end) {
+  for_elements(p, begin, end, [&](auto element, auto place) {
+    using E = decltype(element);
+    const auto x = relu_of<Real<E>>(get(static_cast<const E*>(p.a), place));
+    put(static_cast<E*>(p.da), place, (x + x) * get(static_cast<const E*>(p.dout), place));
+  });
+}
+
+void sigmoid_gate(const PointwiseParams& p, int64_t begin, int64_t end) {
+  for_elements(p, begin, end, [&](auto element, auto place) {
+    using E = decltype(element);
+    const auto s = sigmoid_of<Real<E>>(get(static_cast<const E*>(p.a), place));
+    put(static_cast<E*>(p.out), place, s * get(static_cast<const E*>(p.b), place));
+  });
+}
+
+void sigmoid_gate_backward(const PointwiseParams& p, int64_t begin, int64_t end) {
+  for_elements(p, begin, end, [&](auto element, auto place) {
+    using E = decltype(element);
+    using T = Real<E>;
+    const auto s = sigmoid_of<T>(get(static_cast<const E*>(p.a), place));
+    const auto dout = get(static_cast<const E*>(p.dout), place);
+    put(static_cast<E*>(p.da), place, dout * get(static_cast<const E*>(p.b), place) * (s * (T(1) - s)));
+    put(static_cast<E*>(p.db), place, dout * s);
+  });
+}
