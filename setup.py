@@ -12,14 +12,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pybind11
-import torch
-from setuptools import Extension, setup
-from torch.utils import cpp_extension
+if sys.platform != "linux":
+    sys.exit(f"rwkv_ext needs Linux, got {sys.platform}; use WSL 2 on Windows, a Linux container on macOS")
+try:
+    import pybind11
+    import torch
+    from setuptools import Extension, setup
+    from torch.utils import cpp_extension
+except ImportError as error:
+    sys.exit(f"rwkv_ext: no {error.name} here; pip install torch ninja pybind11, then install --no-build-isolation")
 
 os.chdir(ROOT := Path(__file__).parent.resolve())
 OPTIMISE = ["-O0", "-g"] if os.environ.get("RWKV_EXT_DEBUG") == "1" else ["-O3"]
-CXX = ["-Wall", "-fvisibility=hidden", *OPTIMISE]
+CXX = ["-g0", "-Wall", "-fvisibility=hidden", *OPTIMISE]  # -g0: Python's own flags have -g, most of a build's bytes
+ARCHS = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0;10.0+PTX"
 
 
 def sources(*patterns):
@@ -53,31 +59,26 @@ def choose_cuda():
     if wish == "auto" and toolkit and not torch.version.cuda:
         print("rwkv_ext: CPU only: this torch has no CUDA (RWKV_EXT_CUDA=1 builds the CUDA code all the same)")
         return None
-    print(f"rwkv_ext: CUDA {toolkit[2]} for {arch_list()}" if toolkit else "rwkv_ext: CPU only")
+    print(f"rwkv_ext: CUDA {toolkit[2]} for {ARCHS}" if toolkit else "rwkv_ext: CPU only")
     return toolkit
-
-
-def arch_list():
-    return os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0;10.0+PTX"
 
 
 def gencode():
     flags = []
-    for arch in arch_list().replace(";", " ").split():
+    for arch in ARCHS.replace(";", " ").split():
         match = re.fullmatch(r"(\d+)\.(\d)(a?)(\+PTX)?", arch)
         if not match or int(match[1]) < 8:
             sys.exit(f"rwkv_ext: TORCH_CUDA_ARCH_LIST: {arch!r} must look like 9.0 or 9.0+PTX and be 8.0 or newer")
         number = match[1] + match[2] + match[3]
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if match[4]:
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+        codes = [f"sm_{number}"] + ([f"compute_{number}"] if match[4] else [])
+        flags += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
     return flags
 
 
 def ops_extension():
     files = [file for file in sources("*.cpp", "cpu/*.cpp") if not file.startswith("csrc/native")]
     folders, libraries = [], []
-    macros = {"TORCH_TARGET_VERSION": "0x020b000000000000"}  # torch 2.11: one binary for every later one
+    defines = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # torch 2.11: one binary for every later one
     nvcc = ["-std=c++20", "-lineinfo", "-Xfatbin=-compress-all", *OPTIMISE]
     if toolkit := choose_cuda():
         cpp_extension.CUDA_HOME, folder, version = toolkit
@@ -86,9 +87,8 @@ def ops_extension():
         files += sources("cuda/*.cpp", "cuda/*.cu", "cuda/instances/*.cu")
         files.remove("csrc/wkv_cuda_absent.cpp")
         folders, libraries = [folder], ["-l:libcudart_static.a", "-lrt", "-ldl", "-lpthread"]
-        macros |= {"RWKV_CUDA_VERSION": f'"{version}"', "RWKV_CUDA_ARCHS": f'"{arch_list()}"'}
+        defines += [f'-DRWKV_CUDA_VERSION="{version}"', f'-DRWKV_CUDA_ARCHS="{ARCHS}"']
         nvcc += gencode()
-    defines = [f"-D{name}={value}" for name, value in macros.items()]
     return cpp_extension.CppExtension(
         "rwkv_ext._C",
         files,

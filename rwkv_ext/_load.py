@@ -2,24 +2,31 @@
 that says how to build what is missing: the rest of the package works without."""
 
 import importlib
+import sys
 
 import torch
-
-_MISSING = (
-    "rwkv_ext: the {library} is not built or does not load ({reason}); build it with `make build` in a "
-    "checkout or `pip install --no-build-isolation -e .`, and see `rwkv-ext doctor`"
-)
 
 
 class MissingLibraryError(RuntimeError):
     """A compiled library is missing; the message says how to build it."""
 
 
+def missing(library: str, reason: object) -> str:
+    """Return what to say of a library that is not there."""
+    text = (
+        f"rwkv_ext: the {library} is not built or does not load ({reason}); build it with `make build` in a "
+        "checkout or `pip install --no-build-isolation -e .`, and see `rwkv-ext doctor`"
+    )
+    if sys.platform == "linux":
+        return text
+    return f"{text}; it needs Linux, got {sys.platform}: use WSL 2 on Windows, a Linux container on macOS"
+
+
 def _import(name: str, library: str) -> str | None:
     try:
         importlib.import_module(f"rwkv_ext.{name}")  # importing _C registers the ops
     except ImportError as reason:
-        return _MISSING.format(library=library, reason=reason)
+        return missing(library, reason)
     return None
 
 
