@@ -8,6 +8,8 @@
 
 namespace rwkv {
 
+inline constexpr int64_t kMaxDecodeBatch = 8;  // rows of one step; MAX_BATCH of rwkv_ext/models/fused_step.py
+
 enum class Storage : int32_t { kFloat32, kBFloat16, kFloat16, kInt8 };
 
 struct Vector {

@@ -228,6 +228,8 @@ inline DecodeCall prepare_decode(const char* op, bool finch, const Tensor& x, co
   if (x.dim() != 2) fail(op, ": x must have 2 dimensions [B, D], got ", shape_text(x));
   if (!is_activation(x))
     fail(op, ": x must be float32, bfloat16 or float16, got ", dtype_text(x.scalar_type()));
+  if (x.size(0) > kMaxDecodeBatch)
+    fail(op, ": x must have at most ", kMaxDecodeBatch, " rows, got ", x.size(0), "; take them in several calls");
   const Checks check(op, x, "x");
   DecodeCall call;
   DecodeParams& p = call.params;

@@ -201,6 +201,7 @@ def test_fused_step_opcheck(name):
 
 REFUSED = {
     "x-rank": (0, lambda x: x[0], r"x must have 2 dimensions \[B, D\], got \[64\]"),
+    "x-rows": (0, lambda x: x[:1].repeat(9, 1), "x must have at most 8 rows, got 9; take them in several calls"),
     "x-dtype": (0, lambda x: x.double(), "x must be float32, bfloat16 or float16, got float64"),
     "few-weights": (1, lambda w: w[:-1], r"weights must go on with blocks.1.ffn.value.weight, got \d+ tensors"),
     "many-weights": (1, lambda w: [*w, w[0]], r"weights must have \d+ tensors, got \d+"),
