@@ -51,6 +51,7 @@ STABLE_TORCH_LIBRARY(rwkv_ext, m) {
   m.def("rwkv6_step(Tensor x, Tensor[] weights, Tensor[] scales, Tensor(a!) att_shift, Tensor(b!) wkv, "
         "Tensor(c!) ffn_shift, Tensor? slots) -> Tensor");
   m.def("cross_entropy_rows(Tensor(a!) logits, Tensor targets, float l2wrap, bool overwrite) -> Tensor");
+  m.def("accumulate(Tensor(a!) total, Tensor part, bool first) -> ()");
   m.def("shift_mix(Tensor h, Tensor? last, Tensor weights, Tensor[] low, Tensor? cu_seqlens, bool weighs_current) "
         "-> Tensor[]");
   m.def("shift_mix_backward(Tensor[] dmixed, Tensor h, Tensor? last, Tensor weights, Tensor[] low, "

@@ -11,6 +11,7 @@ shift_mix           a list of C tensors [B, T, D]: base + (other - base) (weight
 head_norm_gate      [M, H * N]: each head of y [M, H, N] normalised, times weight, plus bias, times silu(gate)
 squared_relu        relu(x) ** 2
 sigmoid_gate        sigmoid(gate) * x
+accumulate          total, fp32 (fp64), becomes part, or total + part unless first; part of any dtype
 """
 
 import torch
@@ -141,6 +142,7 @@ def _autocast(op, cast):
 
 def _register(library):
     torch.library.register_fake("rwkv_ext::cross_entropy_rows", _cross_entropy_rows_fake)
+    torch.library.register_fake("rwkv_ext::accumulate", lambda total, part, first: None)
     for name, (fake, backward_fake, save, gradient, cast) in _DIFFERENTIABLE.items():
         forward, backward = f"rwkv_ext::{name}", f"rwkv_ext::{name}_backward"
         torch.library.register_fake(forward, fake)

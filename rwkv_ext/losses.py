@@ -236,6 +236,9 @@ def _add_product(total: Tensor, z: Tensor, x: Tensor, part: Tensor | None, first
         torch.addmm(total, z.t(), x, beta=0 if first else 1, out=total)
         return
     torch.mm(z.t(), x, out=part)
+    if has_layer_ops(total):
+        torch.ops.rwkv_ext.accumulate(total, part, first)
+        return
     if first:
         total.copy_(part)
         return
@@ -255,9 +258,15 @@ def _(hidden, weight, targets, ignore_index, l2wrap, chunk, need_hidden, need_we
 
 def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    ctx.weight_dtype = inputs[1].dtype
-    ctx.needs = inputs[-2:]
-    ctx.save_for_backward(*output[1:])
+    ctx.options, ctx.weight_dtype = inputs[3:], inputs[1].dtype
+    # While torch traces, tensors are of its own kinds, and what a graph computes is for the compiler to reuse.
+    ctx.traced = type(output[1]) is not Tensor
+    if ctx.traced:
+        ctx.save_for_backward(*output[1:])
+        return
+    ctx.save_for_backward(*inputs[:3])
+    # Kept by hand because the first backward pass scales them in place: a copy of [V, D] costs as much as AdamW does.
+    ctx.gradients = [gradient.detach() for gradient in output[1:]]
 
 
 def _backward(ctx, grad, _grad_hidden, _grad_weight):
@@ -266,11 +275,19 @@ def _backward(ctx, grad, _grad_hidden, _grad_weight):
             "linear_cross_entropy: second derivatives do not exist; where create_graph=True is needed, use "
             "F.cross_entropy(F.linear(hidden, weight), targets)"
         )
-    need_hidden, need_weight = ctx.needs
-    grad_hidden, grad_weight = ctx.saved_tensors
+    need_hidden, need_weight = ctx.options[-2:]
+    if grad is None:
+        return (None,) * 8
+    if ctx.traced:
+        scaled = [gradient * grad for gradient in ctx.saved_tensors]
+    else:
+        inputs = ctx.saved_tensors
+        if ctx.gradients is None:  # a second pass with retain_graph=True
+            ctx.gradients = torch.ops.rwkv_ext.linear_cross_entropy(*inputs, *ctx.options)[1:]
+        scaled, ctx.gradients = [gradient.mul_(grad) for gradient in ctx.gradients], None
     return (
-        grad_hidden * grad if need_hidden and grad is not None else None,
-        (grad_weight * grad).to(ctx.weight_dtype) if need_weight and grad is not None else None,
+        scaled[0] if need_hidden else None,
+        scaled[1].to(ctx.weight_dtype) if need_weight else None,
         *[None] * 6,
     )
 

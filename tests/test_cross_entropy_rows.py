@@ -134,3 +134,28 @@ def test_the_loss_is_the_same_without_the_op(dtype, monkeypatch):
     monkeypatch.setattr(_layer_registration, "_built", False)
     for got, want in zip(fused, loss_and_gradients(), strict=True):
         torch.testing.assert_close(got, want, rtol=4 * UNIT[dtype], atol=4 * UNIT[dtype] * want.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_accumulate(dtype):
+    """total becomes part, then total + part, in fp32 or fp64 whatever part is in."""
+    parts = [make(7, 301, dtype, seed)[0] for seed in range(2)]
+    wide = torch.promote_types(dtype, torch.float32)
+    total = torch.full((7, 301), float("nan"), dtype=wide)
+    for first, part in zip((True, False), parts, strict=True):
+        torch.ops.rwkv_ext.accumulate(total, part, first)
+    assert torch.equal(total, parts[0].to(wide) + parts[1].to(wide))
+    torch.library.opcheck(torch.ops.rwkv_ext.accumulate.default, (total, parts[0], False))
+
+
+@pytest.mark.parametrize(
+    ("total", "text"),
+    [
+        (torch.zeros(3, 2), r"total must have the shape of part \[2, 3\], got \[3, 2\]"),
+        (torch.zeros(2, 3).half(), "total must be float32 beside a bfloat16 part, got float16"),
+        (torch.zeros(3, 2).t(), r"total must be contiguous, because it is changed in place, got strides \[1, 2\]"),
+    ],
+)
+def test_accumulate_messages(total, text):
+    with pytest.raises(ValueError, match="accumulate: " + text):
+        torch.ops.rwkv_ext.accumulate(total, torch.zeros(2, 3, dtype=torch.bfloat16), False)

@@ -310,7 +310,7 @@ ERRORS = [
     ("targets", lambda x: x[:2], ValueError, r"targets must have hidden's leading axes \[3, 11\], got \[2, 11\]"),
     ("targets", lambda x: x.to("meta"), ValueError, "must be on one device, got cpu, cpu and meta"),
     ("l2wrap", -1.0, ValueError, "l2wrap must be >= 0, got -1.0; 0 turns it off"),
-    ("reduction", "none", ValueError, "reduction must be \"mean\" or \"sum\", got 'none'"),
+    ("reduction", "none", ValueError, 'reduction must be "mean" or "sum", got \'none\''),
     ("normalizer", torch.ones(2), ValueError, r"normalizer must be a number or scalar tensor, got \[2\]"),
     ("normalizer", 0, ValueError, "normalizer must be > 0, got 0; it is the token count"),
     ("chunk", 0, ValueError, "chunk must be at least 1 token, got 0; leave it out"),
@@ -337,3 +337,16 @@ def test_fake_tensors_have_the_shapes_of_real_ones():
     assert (loss.shape, loss.dtype) == ((), torch.float32)
     assert (grad_hidden.shape, grad_hidden.dtype) == (args[0].shape, torch.bfloat16)
     assert (grad_weight.shape, grad_weight.dtype) == (weight.shape, torch.float32)
+
+
+def test_a_second_backward_pass_gives_the_same_gradients():
+    """The first one scales in place what the forward pass computed."""
+    hidden, weight, targets = make()
+    loss = linear_cross_entropy(hidden, weight, targets, l2wrap=0.1)
+    first = torch.autograd.grad(3 * loss, (hidden, weight), retain_graph=True)
+    kept = [x.clone() for x in first]
+    second = torch.autograd.grad(3 * loss, (hidden, weight), retain_graph=True)
+    loss.backward()
+    for a, b, c, leaf in zip(first, kept, second, (hidden, weight), strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c) and a.data_ptr() != c.data_ptr()
+        torch.testing.assert_close(3 * leaf.grad, a)

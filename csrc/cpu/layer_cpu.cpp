@@ -337,6 +337,18 @@ std::tuple<Tensor, Tensor> sigmoid_gate_backward(const Tensor& dout, const Tenso
   return {dgate, dx};
 }
 
+void accumulate(Tensor total, const Tensor& part, bool first) {
+  PointwiseCall call("accumulate", "part", part);
+  const Checks check("accumulate", part, "part");
+  check.same_shape("total", total);
+  check.state_dtype("total", total);
+  if (!total.is_contiguous())
+    fail("accumulate: total must be contiguous, because it is changed in place, got strides ",
+         sizes_text(total.strides().data(), total.dim()), "; call .contiguous() and keep the result");
+  call.params.out = total.data_ptr(), call.params.b = first ? nullptr : call.params.out;
+  call.run(kernels().accumulate);
+}
+
 }  // namespace
 }  // namespace rwkv
 
@@ -349,5 +361,6 @@ STABLE_TORCH_LIBRARY_IMPL(rwkv_ext, CPU, m) {
   m.impl("squared_relu", TORCH_BOX(&rwkv::squared_relu));
   m.impl("squared_relu_backward", TORCH_BOX(&rwkv::squared_relu_backward));
   m.impl("sigmoid_gate", TORCH_BOX(&rwkv::sigmoid_gate));
+  m.impl("accumulate", TORCH_BOX(&rwkv::accumulate));
   m.impl("sigmoid_gate_backward", TORCH_BOX(&rwkv::sigmoid_gate_backward));
 }

@@ -15,7 +15,7 @@ constexpr LayerKernels layer_kernels() {
   return {cross_entropy,         mix,          mix_backward,
           head_norm_gate,        head_norm_gate_backward,
           squared_relu,          squared_relu_backward,
-          sigmoid_gate,          sigmoid_gate_backward};
+          sigmoid_gate,          sigmoid_gate_backward, accumulate};
 }
 
 }  // namespace

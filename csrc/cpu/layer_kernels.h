@@ -18,6 +18,7 @@ struct LayerKernels {
   void (*squared_relu_backward)(const PointwiseParams&, int64_t begin, int64_t end);
   void (*sigmoid_gate)(const PointwiseParams&, int64_t begin, int64_t end);
   void (*sigmoid_gate_backward)(const PointwiseParams&, int64_t begin, int64_t end);
+  void (*accumulate)(const PointwiseParams&, int64_t begin, int64_t end);
 };
 
 extern const LayerKernels kLayerGeneric;

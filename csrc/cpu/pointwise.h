@@ -54,3 +54,13 @@ void sigmoid_gate_backward(const PointwiseParams& p, int64_t begin, int64_t end)
     put(static_cast<E*>(p.db), place, dout * s);
   });
 }
+
+// out, in arithmetic precision, becomes a, or out + a where b is out itself.
+void accumulate(const PointwiseParams& p, int64_t begin, int64_t end) {
+  for_elements(p, begin, end, [&](auto element, auto place) {
+    using E = decltype(element);
+    auto* total = static_cast<Real<E>*>(p.out);
+    const auto part = get(static_cast<const E*>(p.a), place);
+    put(total, place, p.b ? get(static_cast<const Real<E>*>(total), place) + part : part);
+  });
+}
