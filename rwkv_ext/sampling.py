@@ -120,25 +120,30 @@ def pick(probabilities: Tensor, keys: Sequence[int]) -> Tensor:
     number that is looked up in cumulative sums, the common way, would be near one of 65536 borders a thousand times
     as often.
     """
-    ids = (probabilities > 0).any(0).nonzero().squeeze(-1)  # the others cannot win
-    rates = probabilities[:, ids].double() / _waiting_times(keys, ids)
-    return ids[rates.argmax(-1)]
+    ids = torch.arange(probabilities.shape[-1], device=probabilities.device)
+    possible = probabilities > 0
+    if not possible.all():
+        ids = ids[possible.any(0)]
+        probabilities = probabilities[:, ids]
+    return ids[(probabilities / _waiting_times(keys, ids)).argmax(-1)]
 
 
 def _waiting_times(keys: Sequence[int], ids: Tensor) -> Tensor:
     """Return an exponential variate, fp64 [B, len(ids)], for every key and id: the same on every device."""
     low = torch.tensor([key & _WORD for key in keys], device=ids.device)[:, None]
     high = torch.tensor([key >> 32 & _WORD for key in keys], device=ids.device)[:, None]
-    words = _mix(_mix(ids ^ low) ^ high)
-    return (words + 0.5).mul_(2.0**-32).log_().neg_()
+    words = _mix(_mix(ids ^ low).bitwise_xor_(high))
+    return words.double().add_(0.5).mul_(2.0**-32).log_().neg_()
 
 
 def _mix(words: Tensor) -> Tensor:
-    """Scatter numbers of 32 bits, held in int64, one to one: each bit of the result depends on all bits given."""
-    # The multipliers are odd and below 2**31, so that products stay within int64.
-    words = ((words ^ (words >> 15)) * 0x2C1B3C6D) & _WORD
-    words = ((words ^ (words >> 12)) * 0x297A2D39) & _WORD
-    return words ^ (words >> 15)
+    """Scatter numbers of 32 bits, held in int64, one to one: each bit of the result depends on all bits given.
+
+    In place. The multipliers are odd and below 2**31, so that products stay within int64.
+    """
+    words.bitwise_xor_(words >> 15).mul_(0x2C1B3C6D).bitwise_and_(_WORD)
+    words.bitwise_xor_(words >> 12).mul_(0x297A2D39).bitwise_and_(_WORD)
+    return words.bitwise_xor_(words >> 15)
 
 
 def _from(logits: Tensor, cutoff: Tensor) -> Tensor:
