@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._layer_registration import has_layer_ops
+from .matrix_product import add_transposed_product, is_for_onednn, multiply_into
 
 _CHUNK_BYTES = 64 << 20  # of logits on the CPU: 256 tokens in fp32, 512 in bf16; bench_loss.py compares sizes
 _CHUNK_BYTES_GPU = 512 << 20
@@ -166,7 +167,10 @@ def _sum_and_gradients(hidden, weight, targets, keep, l2wrap, chunk, need_hidden
     weight = weight.to(hidden.dtype)
     total = hidden.new_zeros((), dtype=compute)
     grad_hidden = torch.empty_like(hidden) if need_hidden else hidden.new_empty(0)
-    grad_weight = hidden.new_empty(weight.shape if need_weight else 0, dtype=compute)
+    # oneDNN's fp32 products come out the right way round for a transposed sum.
+    transposed = need_weight and is_for_onednn(hidden, weight)
+    shape = (vocab, hidden.shape[1])[:: -1 if transposed else 1]
+    grad_weight = hidden.new_empty(shape if need_weight else 0, dtype=compute)
     logits = hidden.new_empty(min(chunk, n), vocab)
     # A part of grad_weight in hidden's dtype, to be added to the fp32 sum.
     part = torch.empty_like(weight) if need_weight and compute != hidden.dtype else None
@@ -175,7 +179,7 @@ def _sum_and_gradients(hidden, weight, targets, keep, l2wrap, chunk, need_hidden
     for start in range(0, n, chunk):
         end = min(start + chunk, n)
         x, z = hidden[start:end], logits[: end - start]
-        torch.mm(x, weight.t(), out=z)
+        multiply_into(z, x, weight)
         for i in range(start, end, tile):
             j = min(i + tile, end)
             rows, overwrite = z[i - start : j - start], need_hidden or need_weight
@@ -185,12 +189,14 @@ def _sum_and_gradients(hidden, weight, targets, keep, l2wrap, chunk, need_hidden
                 kept = None if keep is None else keep[i:j, None]
                 total += _softmax_gradient(rows, targets[i:j, None], kept, l2wrap, overwrite)
         if need_hidden:
-            torch.mm(z, weight, out=grad_hidden[start:end])
-        if need_weight:
+            multiply_into(grad_hidden[start:end], z, weight.t())
+        if transposed:
+            add_transposed_product(grad_weight, z, x, first=start == 0)
+        elif need_weight:
             _add_product(grad_weight, z, x, part, first=start == 0)
     if need_weight and n == 0:
         grad_weight.zero_()
-    return total, grad_hidden, grad_weight
+    return total, grad_hidden, grad_weight.t().contiguous() if transposed else grad_weight
 
 
 def _softmax_gradient(z, targets, keep, l2wrap, overwrite):

@@ -1,4 +1,4 @@
-"""linear(): x weight^T, in fp32 on AVX-512 processors by oneDNN instead of torch's BLAS.
+"""Products x weight^T, in fp32 on AVX-512 processors by oneDNN instead of torch's BLAS.
 
 Torch multiplies fp32 matrices by MKL, which keeps to AVX2 on processors that are not Intel's; oneDNN, which torch holds
 as well and uses for bf16, has AVX-512 code for all of them: 2.2 times as fast on an EPYC of family 26.
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 _WORTH_A_CALL = 1 << 20  # multiply-adds; below, what a call of oneDNN costs (about 10 us) is more than it saves
+_TILE = 4096
 _FEWEST_ROWS = 4  # fewer are bound by reading the weight
 
 
@@ -19,14 +20,43 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     All that F.linear has holds here: dtypes, devices, autocast, derivatives of any order and kind, compilation; only
     the rounding of fp32 products differs. torch.backends.mkldnn.flags(enabled=False) gives torch's own.
     """
-    if not _is_for_onednn(x, weight):
+    if not is_for_onednn(x, weight):
         return F.linear(x, weight)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _Linear.apply(x, weight)
     return _by_onednn(x, weight)
 
 
-def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
+def multiply_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
+    """Write x weight^T into out [n, V], which exists already; x [n, D], weight [V, D]; no gradients."""
+    if not is_for_onednn(x, weight):
+        torch.mm(x, weight.t(), out=out)
+        return
+    for tile in _tiles(out.shape[1]):
+        out[:, tile] = _by_onednn(x, weight[tile])
+
+
+def add_transposed_product(total: Tensor, z: Tensor, x: Tensor, first: bool) -> None:
+    """Add x^T z to total [D, V], or store it there if first; z [n, V], x [n, D]; no gradients."""
+    rows = x.t().contiguous()
+    if not is_for_onednn(rows, z.t()):
+        torch.addmm(total, rows, z, beta=0 if first else 1, out=total)
+        return
+    for tile in _tiles(total.shape[1]):
+        part = _by_onednn(rows, z[:, tile].t())
+        if first:
+            total[:, tile] = part
+        else:
+            total[:, tile] += part
+
+
+def _tiles(n: int) -> list[slice]:
+    """Cut n columns into tiles: oneDNN returns new memory, which is free for results of a few MB that come and go."""
+    return [slice(i, i + _TILE) for i in range(0, n, _TILE)]
+
+
+def is_for_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Tell whether x weight^T is a product that oneDNN takes over."""
     return (
         not torch.compiler.is_compiling()  # inductor chooses its own kernels
         and x.dtype == weight.dtype == torch.float32
@@ -51,7 +81,8 @@ _HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.back
 
 def _by_onednn(x: Tensor, weight: Tensor) -> Tensor:
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
-        weight = weight.contiguous()  # other strides send oneDNN to its reference code, a hundred times slower
+        # Other strides send oneDNN to its reference code, a hundred times slower.
+        weight = weight.t().contiguous().t() if weight.stride(0) == 1 else weight.contiguous()
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
-from rwkv_ext import matrix_product
+from rwkv_ext import linear_cross_entropy, matrix_product
 from rwkv_ext.matrix_product import linear
 
 SHAPES = {"rows": ((70, 256), 96), "batch": ((2, 35, 256), 97), "odd": ((67, 251), 131), "wide": ((4, 1031), 517)}
@@ -104,6 +104,36 @@ def test_torchs_own_product_where_it_fits_better(case, calls):
 def test_wrong_shapes_get_torchs_words(calls):
     with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
         linear(torch.zeros(70, 256), torch.zeros(96, 255))
+
+
+@pytest.mark.parametrize("shape", [(70, 64, 9000), (3, 256, 4096), (70, 251, 4097)], ids=str)
+def test_products_by_tiles(shape, calls):
+    n, width, vocab = shape
+    x, w, z = make((n, width), vocab)
+    x, w = x.detach(), w.detach()
+    out = torch.full((n, vocab), float("nan"))
+    matrix_product.multiply_into(out, x, w)
+    assert_close(out, x.double() @ w.double().t())
+    total = torch.full((width, vocab), float("nan"))
+    for first in (True, False):
+        matrix_product.add_transposed_product(total, z, x, first)
+    assert_close(total, 2 * x.double().t() @ z.double())
+    assert n < 4 or len(calls) == 3 * len(matrix_product._tiles(vocab))
+
+
+@pytest.mark.parametrize("tokens", [50, 600])
+def test_the_loss_uses_it(tokens, calls):
+    """Loss and gradients in fp32, cut into chunks, against torch in fp64."""
+    x, w, _ = make((tokens, 96), 5000)
+    targets = torch.randint(5000, (tokens,), generator=torch.Generator().manual_seed(3))
+    loss = linear_cross_entropy(x, w, targets, l2wrap=0, chunk=256)
+    wide = [t.detach().double().requires_grad_() for t in (x, w)]
+    expected = F.cross_entropy(F.linear(*wide), targets)
+    assert_close(loss, expected)
+    gradients = torch.autograd.grad(loss, (x, w)), torch.autograd.grad(expected, wide)
+    for got, want in zip(*gradients, strict=True):
+        assert_close(got, want)
+    assert calls and gradients[0][1].is_contiguous()
 
 
 @needs_avx512
