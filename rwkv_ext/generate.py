@@ -5,11 +5,10 @@ import secrets
 from collections.abc import Iterable, Mapping, Sequence
 
 from .generation import BatchGeneration, Continuation, GenerateOptions, Generation
+from .generation.continuation import check_seed
 from .generation.options import is_integer
 from .generation.prompt_reader import PromptReader
 from .models import RWKVState
-
-_MAX_SEED = 2**64
 
 
 def generate(
@@ -106,12 +105,6 @@ def generate_batch(
     return _begin(model, tokenizer, list(prompts), GenerateOptions(**options), seed, state)
 
 
-def check_seed(seed) -> None:
-    """Raise ValueError for what is no seed."""
-    if seed is not None and not (is_integer(seed) and -(2**63) <= seed < _MAX_SEED):
-        raise ValueError(f"generate: seed must be a whole number from -2**63 to 2**64 - 1, got {seed!r}")
-
-
 def check_state(state: RWKVState | None, prompts: Sequence) -> None:
     """Raise ValueError where these prompts cannot go on from the state."""
     if state is None:
@@ -149,12 +142,10 @@ def _seeds(seed, n: int) -> list[int]:
             raise ValueError(f"generate_batch: seed must be one number or one per prompt, {n}, got {len(seed)}")
         seeds = list(seed)
     else:
-        check_seed(seed)
-        seeds = [(operator.index(seed) + i) % _MAX_SEED if seed >= 0 else seed + i for i in range(n)]
+        check_seed("generate", seed)
+        seeds = [(operator.index(seed) + i) % 2**64 if seed >= 0 else seed + i for i in range(n)]
     for one in seeds:
-        check_seed(one)
-        if one is None:
-            raise ValueError("generate_batch: seed must hold whole numbers, got None; give None alone for new seeds")
+        check_seed("generate", one)
     return [operator.index(one) for one in seeds]
 
 

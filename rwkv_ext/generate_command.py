@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from .doctor import gpu_problem
-from .generate import check_seed, check_state, generate_batch
+from .generate import check_state, generate_batch
 from .generation import BatchGeneration, GenerateOptions
+from .generation.continuation import check_seed
 from .generation.files import check_state_sizes
 from .models import RWKV, RWKVState
 from .tokenizer import WorldTokenizer
@@ -59,7 +60,8 @@ def run(args) -> int:
     """Print the text; 0, or 130 after Ctrl-C."""
     # What generate() would refuse is refused before gigabytes are loaded.
     options = _options(args)
-    check_seed(args.seed)
+    if args.seed is not None:
+        check_seed("--seed", args.seed)
     prompts = _prompts(args)
     state = None if args.state_in is None else RWKVState.load(args.state_in)
     check_state(state, prompts)

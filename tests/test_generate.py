@@ -1,6 +1,5 @@
 """Generation: exact stop strings and streaming with a model that follows a script, state and seeds with a real one."""
 
-
 import pytest
 import torch
 from hypothesis import given, settings

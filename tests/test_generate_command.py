@@ -157,6 +157,10 @@ def test_command_stops_at_every_stop_text(checkpoint, capsys):
         (["missing.pth", "--max-tokens", "-2"], "max_tokens must be a whole number >= 0, got -2"),
         (["missing.pth", "--stop", ""], "stop must not hold an empty string"),
         (["missing.pth", "--min-p", "2"], "sampling: min_p must be from 0 to 1, got 2.0"),
+        (
+            ["missing.pth", "--seed", str(2**64)],
+            "--seed: seed must be a whole number from -2**63 to 2**64 - 1, got 18446",
+        ),
         (["missing.pth", "--ban", "-3"], "generate: ban must be token ids >= 0, got -3"),
         (["missing.pth", "--logprobs", "2"], "--logprobs needs --json"),
         (["missing.pth", "--penalty-exempt", "rwkv", "--penalty-exempt", "3"], "must be rwkv or token ids, got both"),

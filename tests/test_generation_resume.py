@@ -239,6 +239,13 @@ def test_batches_fork_with_rows_that_have_ended():
         assert facts(fork) == facts(batch) == facts(expected)
 
 
+def test_fork_checks_its_seeds(model):
+    with pytest.raises(ValueError, match="fork: seed must be a whole number from -2.* got 'x'"):
+        generate(model, TOKENIZER, "a").fork("x")
+    with pytest.raises(ValueError, match="fork: seeds must be one per row, 2, got 1"):
+        generate_batch(model, TOKENIZER, ["a", "b"]).fork([1])
+
+
 def test_files_of_something_else_are_refused(model, tmp_path):
     path = tmp_path / "file"
     with pytest.raises(FileNotFoundError, match=f"Generation.load: {path} does not exist; check the path"):

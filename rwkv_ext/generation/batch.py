@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import sampling
 from ..models import RWKVState
-from .continuation import Continuation, TokenLogprob
+from .continuation import Continuation, TokenLogprob, check_seed
 from .interruption import uninterrupted
 from .options import GenerateOptions
 from .penalties import fixed_bias
@@ -85,8 +85,11 @@ class BatchGeneration(Iterator[tuple[int, str]]):
     def fork(self, seeds: list[int] | None = None) -> "BatchGeneration":
         """Return a copy that goes on by itself from here, with the same draws, or those of other seeds, one per row."""
         self.read_prompts()
-        if seeds is None:
-            seeds = [row.seed for row in self.rows]
+        seeds = [row.seed for row in self.rows] if seeds is None else list(seeds)
+        if len(seeds) != len(self.rows):
+            raise ValueError(f"fork: seeds must be one per row, {len(self.rows)}, got {len(seeds)}")
+        for seed in seeds:
+            check_seed("fork", seed)
         rows = [row.copy(seed) for row, seed in zip(self.rows, seeds, strict=True)]
         other = BatchGeneration(self._model, self._tokenizer, self.options, rows, self._reader)
         other.resume(self.logits, self.state, self.waiting)

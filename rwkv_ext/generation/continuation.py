@@ -3,8 +3,14 @@
 from typing import NamedTuple
 
 from ..sampling import draw_key
-from .options import GenerateOptions
+from .options import GenerateOptions, is_integer
 from .stop_strings import StopStrings
+
+
+def check_seed(where: str, seed) -> None:
+    """Raise ValueError for what is no seed."""
+    if not (is_integer(seed) and -(2**63) <= seed < 2**64):
+        raise ValueError(f"{where}: seed must be a whole number from -2**63 to 2**64 - 1, got {seed!r}")
 
 
 class TokenLogprob(NamedTuple):
