@@ -2,7 +2,9 @@
 that says how to build what is missing: the rest of the package works without."""
 
 import importlib
+import re
 import sys
+from pathlib import Path
 
 import torch
 
@@ -30,7 +32,14 @@ def _import(name: str, library: str) -> str | None:
     return None
 
 
-error = _import("_C", "op library rwkv_ext._C")
+def _outdated(table: Path) -> str | None:
+    """Return what to say of an op library that lacks ops of csrc/ops.cpp, as after an update of a checkout."""
+    ops = re.findall(r'm\.def\("(\w+)\(', table.read_text()) if table.is_file() else []
+    lacking = [op for op in ops if not hasattr(torch.ops.rwkv_ext, op)]
+    return missing("op library rwkv_ext._C", f"it is older than csrc/ops.cpp: no {lacking[0]}") if lacking else None
+
+
+error = _import("_C", "op library rwkv_ext._C") or _outdated(Path(__file__).parent.parent / "csrc" / "ops.cpp")
 native_error = _import("_native", "tokenizer library rwkv_ext._native")
 
 

@@ -36,3 +36,29 @@ def test_wkv_missing_library():
         "`make build` in a checkout or `pip install --no-build-isolation -e .`, and see `rwkv-ext doctor`"
     )
     assert result.stdout.splitlines() == [text] * 3
+
+
+OUTDATED = """
+from pathlib import Path
+import torch
+
+read_text, old, new = Path.read_text, 'm.def("wkv6_step(', 'm.def("wkv9_step(Tensor x)"); '
+Path.read_text = lambda *arguments, **options: read_text(*arguments, **options).replace(old, new + old)
+import rwkv_ext
+from rwkv_ext import testing
+try:
+    rwkv_ext.wkv6(*testing.make_inputs("6.0", 1, 3, 2, 4))
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_wkv_outdated_library():
+    """A checkout whose library is older than its sources imports, and an op says what to do."""
+    result = subprocess.run([sys.executable, "-c", OUTDATED], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    text = (
+        "rwkv_ext: the op library rwkv_ext._C is not built or does not load (it is older than csrc/ops.cpp: no "
+        "wkv9_step); build it with `make build` in a checkout or "
+    )
+    assert result.stdout.startswith(text)
