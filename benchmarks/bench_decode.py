@@ -56,7 +56,8 @@ def write_model(path: Path, config: RWKVConfig) -> None:
 
 
 def load_package(path: Path, strategy: str):
-    os.environ.update(RWKV_JIT_ON="1", RWKV_CUDA_ON="0", RWKV_V7_ON="0")
+    for name, default in (("RWKV_JIT_ON", "1"), ("RWKV_CUDA_ON", "0"), ("RWKV_V7_ON", "0")):
+        os.environ.setdefault(name, default)
     from rwkv.model import RWKV as PackageRWKV
 
     with mock.patch("builtins.print"):

@@ -180,6 +180,11 @@ def test_fused_step_leaves_the_unusual_to_the_plain_step(fused_calls):
     same_as_plain(model)
     assert len(seen) == 2
     hook.remove()
+    wrapped = copy.deepcopy(model)
+    wrapped.blocks[0].att.key = torch.nn.Sequential(wrapped.blocks[0].att.key, torch.nn.Dropout(0.0))
+    same_as_plain(wrapped)
+    torch.nn.utils.parametrizations.weight_norm(wrapped.blocks[1].ffn.value)
+    same_as_plain(wrapped)
     model.step(tokens, model.initial_state(2))
     assert len(fused_calls) == 1
 

@@ -69,7 +69,7 @@ def test_logits_are_near_the_unquantised_ones(name):
     assert 1e-4 < error(logits, exact.double()) < 0.05
 
 
-@pytest.mark.parametrize("batch", [1, 3, 8, 9])
+@pytest.mark.parametrize("batch", [1, 3, 8, 9, 32, 33])
 def test_steps_of_any_batch(batch):
     model = random_model(SMALL["finch"]).quantize_()
     exact_model, tokens = dequantized_twin(model), random_tokens(SMALL["finch"], batch)
