@@ -53,8 +53,8 @@ inline char* element(const View& view, int64_t row, int64_t token, int64_t head)
 
 // To and from memory of any dtype that is computed in T.
 template <class T>
-inline void load_row(T* to, const void* memory, Dtype dtype, int64_t size) {
-  for_element(dtype, [&](auto element) {
+[[gnu::always_inline]] inline void load_row(T* to, const void* memory, Dtype dtype, int64_t size) {
+  for_element(dtype, [&](auto element) __attribute__((always_inline)) {
     using E = decltype(element);
     if constexpr (std::is_same_v<Real<E>, T>)
       for_lanes<T>(size, [&](auto place) { put(to, place, get(static_cast<const E*>(memory), place)); });
@@ -62,8 +62,8 @@ inline void load_row(T* to, const void* memory, Dtype dtype, int64_t size) {
 }
 
 template <class T>
-inline void store_row(const T* from, void* memory, Dtype dtype, int64_t size) {
-  for_element(dtype, [&](auto element) {
+[[gnu::always_inline]] inline void store_row(const T* from, void* memory, Dtype dtype, int64_t size) {
+  for_element(dtype, [&](auto element) __attribute__((always_inline)) {
     using E = decltype(element);
     if constexpr (std::is_same_v<Real<E>, T>)
       for_lanes<T>(size, [&](auto place) { put(static_cast<E*>(memory), place, get(from, place)); });

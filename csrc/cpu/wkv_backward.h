@@ -40,7 +40,7 @@ inline void store_keys_from_lanes(T* to, const T* from, int64_t size, int64_t co
 
 // The state after a block, one panel of keys.
 template <class T, int kSize>
-inline void next_state(const FoldedKeys<T>& keys, const T* v, const T* from, T* to, int64_t columns, int64_t stride) {
+inline void next_state(FoldedKeys<T> keys, const T* v, const T* from, T* to, int64_t columns, int64_t stride) {
   if constexpr (kSize > 0) stride = kSize;
 #pragma GCC unroll 4
   for (int64_t j = 0; j < columns; ++j, ++v, from += kLanes<T>, to += kLanes<T>) {
@@ -275,7 +275,7 @@ class BackwardSequence {
     for (int s = 0; s < kBlock; ++s) {
       const int64_t own = token_of(chunk, block) + s, token = at_.first_token + own;
       if (own >= at_.tokens) return;
-      T* dv = dv_.at(s, token, true);
+      T* dv = dv_.at(s, token, true, own >= kPrefetchTokens ? token - kPrefetchTokens : -1);
       for (int64_t j = 0; j < width_; j += kLanes<T>) {
         Lanes<T> total = reverse_values<T, kSize>(keys_.rows + (BlockKeys<T>::kK + s) * stride_, adjoint_ + j * kLanes<T>, stride_, width_);
         for (int t = s; t < kBlock; ++t)
@@ -298,9 +298,10 @@ class BackwardSequence {
     T *dr[kBlock], *dk[kBlock], *dw[kBlock];
     for (int t = 0; t < kBlock; ++t) {
       for (int s = 0; s <= t; ++s) b[t][s] = dot(rows.dy[t], rows.v[s], stride_);
-      dr[t] = dr_.at(t, first + t, t < tokens);
-      dk[t] = dk_.at(t, first + t, t < tokens);
-      dw[t] = dw_.at(t, first + t, t < tokens && p_.dw.data);
+      const int64_t fetch = own >= kPrefetchTokens ? first + t - kPrefetchTokens : -1;
+      dr[t] = dr_.at(t, first + t, t < tokens, fetch);
+      dk[t] = dk_.at(t, first + t, t < tokens, fetch);
+      dw[t] = dw_.at(t, first + t, t < tokens && p_.dw.data, p_.dw.data ? fetch : -1);
     }
     for (int64_t i = 0; i < stride_; i += kLanes<T>) finish_panel(i, rows, b, dr, dk, dw);
     if (own % kSumTokens == 0) flush_sums();
@@ -389,8 +390,8 @@ class BackwardSequence {
   const int64_t blocks_;                 // of a chunk, no more than the sequence fills
   const bool whole_;                     // all columns are here
   Scratch<T> scratch_;
-  InputRows<T> r_, k_, v_, w_, dy_;
-  OutputRows<T> dr_, dk_, dv_, dw_;
+  InputRows<T, kSize> r_, k_, v_, w_, dy_;
+  OutputRows<T, kSize> dr_, dk_, dv_, dw_;
   BlockKeys<T> keys_;
   T *adjoint_, *states_;  // G, and the state before each block of the chunk: [stride / lanes][width][lanes]
   T *decays_, *rates_;    // of the chunk's tokens

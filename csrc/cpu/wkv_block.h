@@ -7,7 +7,8 @@
 
 // As many tokens as the registers of the instruction set carry through a pass.
 inline constexpr int kBlock = RWKV_LANE_BYTES == 64 ? 4 : 2;
-inline constexpr int kPrefetchTokens = 16;
+// Rows are fetched no earlier than that: rows of several tensors at a power of two apart share few places of a cache.
+inline constexpr int kPrefetchTokens = 4;
 
 // The rows of one (row, head) of a tensor, one per token.
 class TokenRows {
@@ -31,7 +32,8 @@ class TokenRows {
 };
 
 // Rows of an input for the tokens of a block: the tensor's own memory where that is T and needs no padding, else copies.
-template <class T>
+// kSize: what their size is most of the time, or 0.
+template <class T, int kSize>
 class InputRows {
  public:
   InputRows(const TokenRows& rows, int64_t size, int64_t stride, Scratch<T>& memory)
@@ -43,7 +45,10 @@ class InputRows {
     if (fetch >= 0) rows_.fetch<0>(fetch);
     if (direct_) return reinterpret_cast<const T*>(rows_.at(token));
     T* copy = copies_ + slot * stride_;
-    load_row(copy, rows_.at(token), rows_.dtype(), size_);
+    if (kSize > 0 && size_ == kSize)
+      load_row(copy, rows_.at(token), rows_.dtype(), kSize);
+    else
+      load_row(copy, rows_.at(token), rows_.dtype(), size_);
     return copy;
   }
 
@@ -55,7 +60,7 @@ class InputRows {
 };
 
 // Rows of an output: to be filled at at(), then handed over by done().
-template <class T>
+template <class T, int kSize>
 class OutputRows {
  public:
   OutputRows(const TokenRows& rows, int64_t size, int64_t stride, Scratch<T>& memory)
@@ -68,7 +73,11 @@ class OutputRows {
     return direct_ && exists ? reinterpret_cast<T*>(rows_.at(token)) : copies_ + slot * stride_;
   }
   void done(int slot, int64_t token) const {
-    if (!direct_) store_row(copies_ + slot * stride_, rows_.at(token), rows_.dtype(), size_);
+    if (direct_) return;
+    if (kSize > 0 && size_ == kSize)
+      store_row(copies_ + slot * stride_, rows_.at(token), rows_.dtype(), kSize);
+    else
+      store_row(copies_ + slot * stride_, rows_.at(token), rows_.dtype(), size_);
   }
 
  private:

@@ -87,7 +87,7 @@ inline void forward_panel(const BlockKeys<T>& keys, const T* const (&v)[kBlock],
       for (int s = 1; s <= t; ++s) out[t][p] = multiply_add(broadcast<T>(keys.scores[t][s]), value[s][p], out[t][p]);
     }
   const T* key = keys.rows;
-#pragma GCC unroll 2
+#pragma GCC unroll 8
   for (int64_t i = 0; i < size; ++i, ++key, state += kPanelColumns<T>) {
     Lanes<T> old[kPanel], next[kPanel];
     const Lanes<T> decay = broadcast(key[BlockKeys<T>::kDecay * stride]);
@@ -185,8 +185,8 @@ class ForwardSequence {
   const Columns columns_;
   const int64_t size_, stride_, width_;  // keys, padded; own columns, padded
   Scratch<T> scratch_;
-  InputRows<T> r_, k_, w_, v_;
-  OutputRows<T> y_;
+  InputRows<T, kSize> r_, k_, w_, v_;
+  OutputRows<T, kSize> y_;
   BlockKeys<T> keys_;
   T *state_, *decay_[kBlock], *rate_, *u_, *zeros_, *ones_;
 };

@@ -97,6 +97,6 @@ class SummarySequence {
   const Columns columns_;
   const int64_t size_, stride_, width_;
   Scratch<T> scratch_;
-  InputRows<T> k_, w_, v_;
+  InputRows<T, kSize> k_, w_, v_;
   T *state_, *decay_[kBlock], *folded_k_[kBlock], *rate_, *folded_decay_, *zeros_, *ones_, *total_;
 };
