@@ -14,6 +14,7 @@ import torch
 from common import header, measure, table
 
 from rwkv_ext import RWKV, RWKVConfig, _layer_registration, linear_cross_entropy, wkv5, wkv6
+from rwkv_ext.host_memory import keep_freed_memory
 from rwkv_ext.matrix_product import linear
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -181,6 +182,7 @@ def main():
     parser.add_argument("--output", type=Path, help="write the report there as well")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as train/pretrain.py does
     config = RWKVConfig(version=options.version, n_layer=options.layers, n_embd=options.width, vocab_size=options.vocab)
     name = "Finch" if options.version == "6.0" else "Eagle"
     title = f"# A training step on the CPU: {name}, L {options.layers}, D {options.width}, V {options.vocab}, "

@@ -26,6 +26,7 @@ if __package__ in (None, ""):  # started as a script: make `train` importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rwkv_ext import _load
+from rwkv_ext.host_memory import keep_freed_memory
 from rwkv_ext.models import RWKV, RWKVConfig
 from rwkv_ext.tokenizer import WorldTokenizer
 from train.checkpoint import CheckpointStore, Progress, check_identity, complete_checkpoints
@@ -121,6 +122,8 @@ def train(config: Config, ranks: Ranks, dry_run: bool, started: float) -> None:
             if progress.dtype not in ("", chosen):
                 display.note(f"train.dtype is {chosen} now, not {progress.dtype}: the losses will differ a little")
             progress.dtype = chosen
+        if ranks.device.type == "cpu":
+            keep_freed_memory()
         model = build_model(config, sizes, ranks)
         flops_per_token = model.flops_per_token()
         shard_model(model, config.train, ranks)

@@ -10,7 +10,7 @@ struct LayerKernels {
   // scratch has room for a row in arithmetic precision.
   void (*cross_entropy)(const CrossEntropyParams&, int64_t begin, int64_t end, void* scratch);
   void (*mix)(const MixParams&, int64_t begin, int64_t end);
-  // Of one block of kPartialRows tokens or rows; scratch has room for two rows.
+  // Of one block of kPartialRows tokens or rows; scratch has room for three rows.
   void (*mix_backward)(const MixParams&, int64_t block, void* scratch);
   void (*head_norm_gate)(const HeadNormParams&, int64_t begin, int64_t end, void* scratch);
   void (*head_norm_gate_backward)(const HeadNormParams&, int64_t block, void* scratch);

@@ -30,16 +30,19 @@ template <class E>
 void mix_token(const MixParams& p, int64_t token) {
   using T = Real<E>;
   const ShiftedToken<E> at(p, token);
-  for_lanes<T>(p.width, [&](auto place) {
-    const Lanes<T> h = get(at.h, place), previous = at.previous ? get(at.previous, place) : Lanes<T>{};
-    const Lanes<T> base = p.weighs_current ? previous : h;
-    const Lanes<T> step = p.weighs_current ? h - previous : previous - h;
-    for (int64_t c = 0; c < p.count; ++c) {
-      Lanes<T> m = get(static_cast<const T*>(p.weights) + c * p.width, place);
-      if (p.low) m += get(row_of<E>(p.low[c], p, token), place);
-      put(row_of<E>(p.out[c], p, token), place, base + step * m);
-    }
-  });
+  for (int64_t c = 0; c < p.count; ++c) {  // outside, so that the pointers stay in registers
+    const T* weights = static_cast<const T*>(p.weights) + c * p.width;
+    const E* low = p.low ? row_of<E>(p.low[c], p, token) : nullptr;
+    const E *h_row = at.h, *previous_row = at.previous;
+    E* out = row_of<E>(p.out[c], p, token);
+    const bool reversed = p.weighs_current;
+    for_lanes<T>(p.width, [=](auto place) {
+      const Lanes<T> h = get(h_row, place), previous = previous_row ? get(previous_row, place) : Lanes<T>{};
+      Lanes<T> m = get(weights, place);
+      if (low) m += get(low, place);
+      put(out, place, reversed ? previous + (h - previous) * m : h + (previous - h) * m);
+    });
+  }
 }
 
 void mix(const MixParams& p, int64_t begin, int64_t end) {
@@ -52,37 +55,45 @@ void mix(const MixParams& p, int64_t begin, int64_t end) {
 // sends it, if any), dlow, and its share of the weights' gradient added to sums.
 template <class E, bool kAll>
 void mix_token_backward(const MixParams& p, int64_t token, Real<E>* to_previous, const Real<E>* from_next,
-                        Real<E>* sums) {
+                        Real<E>* sums, Real<E>* to_own) {
   using T = Real<E>;
   const ShiftedToken<E> at(p, token);
-  for_lanes<T>(p.width, [&](auto place) {
-    const Lanes<T> h = get(at.h, place), previous = at.previous ? get(at.previous, place) : Lanes<T>{};
-    const Lanes<T> step = p.weighs_current ? h - previous : previous - h;
-    Lanes<T> dbase = {}, dother = {};
-    for (int64_t c = 0; c < p.count; ++c) {
-      const Lanes<T> dout = get(row_of<E>(p.dout[c], p, token), place);
-      Lanes<T> m = get(static_cast<const T*>(p.weights) + c * p.width, place);
-      if (p.low) m += get(row_of<E>(p.low[c], p, token), place);
-      dother += dout * m;
-      dbase += dout - dout * m;
+  for (int64_t c = 0; c < p.count; ++c) {  // outside, so that the pointers stay in registers
+    const T* weights = static_cast<const T*>(p.weights) + c * p.width;
+    const E *dout_row = row_of<E>(p.dout[c], p, token), *low = p.low ? row_of<E>(p.low[c], p, token) : nullptr;
+    E* dlow = kAll && p.dlow ? row_of<E>(p.dlow[c], p, token) : nullptr;
+    T* sum = kAll ? sums + c * p.width : nullptr;
+    const E *h_row = at.h, *previous_row = at.previous;
+    // base's share is what other's leaves of dout.
+    T *base_row = p.weighs_current ? to_previous : to_own, *other_row = p.weighs_current ? to_own : to_previous;
+    const bool reversed = p.weighs_current, first = c == 0;
+    for_lanes<T>(p.width, [=](auto place) {
+      const Lanes<T> dout = get(dout_row, place);
+      Lanes<T> m = get(weights, place);
+      if (low) m += get(low, place);
+      const Lanes<T> other = dout * m, base = dout - other;
+      if (kAll || reversed) put(base_row, place, first ? base : get<T>(base_row, place) + base);
+      if (kAll || !reversed) put(other_row, place, first ? other : get<T>(other_row, place) + other);
       if constexpr (kAll) {
-        const Lanes<T> dm = dout * step;
-        if (p.dlow) put(row_of<E>(p.dlow[c], p, token), place, dm);
-        T* sum = sums + c * p.width;
-        put(sum, place, get(sum, place) + dm);
+        const Lanes<T> h = get(h_row, place), previous = previous_row ? get(previous_row, place) : Lanes<T>{};
+        const Lanes<T> dm = dout * (reversed ? h - previous : previous - h);
+        if (dlow) put(dlow, place, dm);
+        put(sum, place, get<T>(sum, place) + dm);
       }
-    }
-    put(to_previous, place, p.weighs_current ? dbase : dother);
-    if constexpr (kAll) {
-      Lanes<T> own = p.weighs_current ? dother : dbase;
-      if (from_next) own += get(from_next, place);
-      put(row_of<E>(p.dh, p, token), place, own);
-    }
-  });
+    });
+  }
+  if constexpr (kAll) {
+    E* dh = row_of<E>(p.dh, p, token);
+    for_lanes<T>(p.width, [=](auto place) {
+      const Lanes<T> own = get<T>(to_own, place);
+      put(dh, place, from_next ? own + get(from_next, place) : own);
+    });
+  }
 }
 
 template <class E>
-void mix_block_backward(const MixParams& p, int64_t block, Real<E>* from_next, Real<E>* to_previous) {
+void mix_block_backward(const MixParams& p, int64_t block, Real<E>* from_next, Real<E>* to_previous,
+                        Real<E>* to_own) {
   using T = Real<E>;
   const int64_t begin = block * kPartialRows;
   const int64_t end = begin + kPartialRows < p.tokens ? begin + kPartialRows : p.tokens;
@@ -90,9 +101,9 @@ void mix_block_backward(const MixParams& p, int64_t block, Real<E>* from_next, R
   T* sums = static_cast<T*>(p.partial) + block * p.count * p.width;
   for (int64_t i = 0; i < p.count * p.width; ++i) sums[i] = 0;
   // The next block's first token is taken here too, for what it sends back.
-  if (!starts(end)) mix_token_backward<E, false>(p, end, from_next, nullptr, nullptr);
+  if (!starts(end)) mix_token_backward<E, false>(p, end, from_next, nullptr, nullptr, nullptr);
   for (int64_t token = end - 1; token >= begin; --token) {
-    mix_token_backward<E, true>(p, token, to_previous, starts(token + 1) ? nullptr : from_next, sums);
+    mix_token_backward<E, true>(p, token, to_previous, starts(token + 1) ? nullptr : from_next, sums, to_own);
     if (p.dlast && starts(token)) {
       E* dlast = row_of<E>(p.dlast, p, p.starts_of[token]);
       for_lanes<T>(p.width, [&](auto place) { put(dlast, place, get(static_cast<const T*>(to_previous), place)); });
@@ -105,6 +116,6 @@ void mix_block_backward(const MixParams& p, int64_t block, Real<E>* from_next, R
 void mix_backward(const MixParams& p, int64_t block, void* scratch) {
   for_element(p.dtype, [&](auto element) {
     auto* rows = static_cast<Real<decltype(element)>*>(scratch);
-    mix_block_backward<decltype(element)>(p, block, rows, rows + p.width);
+    mix_block_backward<decltype(element)>(p, block, rows, rows + p.width, rows + 2 * p.width);
   });
 }
