@@ -104,7 +104,7 @@ def without_denormals(x):
 @pytest.mark.cpu  # N = 1
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_wkv_forward_reads_every_half(dtype):
-    """y = r u k v with N = 1 and r = u = k = 1 must hand back every number that 16 bits can name, but fp32 denormals."""
+    """y = r u k v with N = 1 and r = u = k = 1 must hand back every 16-bit number, but fp32 denormals."""
     v = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(dtype).view(-1, 1, 1, 1)
     one = torch.ones_like(v)
     y, state = ops.wkv5(one, one, v, torch.zeros(1, 1), torch.ones(1, 1))

@@ -20,7 +20,7 @@ def step_inputs(version, batch=2, heads=2, size=16, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("version", STEPS)
 def test_wkv_step_equals_sequence(version, dtype):
-    """Token by token the sequence op, bitwise if it is given token by token, with N in and out of step with the lanes."""
+    """Token by token the sequence op, bitwise if that is given one at a time, with N in and out of step with lanes."""
     for size in (1, 40, 64):
         inputs = make_inputs(version, 3, 20, 2, size, regime="huge", dtype=dtype)
         y, last = OPS[version](*inputs)

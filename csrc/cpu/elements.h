@@ -1,4 +1,4 @@
-// Elements of any dtype in and out of lanes, a whole vector or the last part of a row at a time. Included after lanes.h,
+// Elements of any dtype in and out of lanes, a whole vector or the last of a row at a time. Included after lanes.h,
 // inside namespace rwkv::RWKV_ISA.
 
 struct BFloat16 {

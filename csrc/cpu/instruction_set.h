@@ -14,7 +14,8 @@ inline InstructionSet instruction_set() {
   static const InstructionSet chosen = [] {
     const char* limit = std::getenv("ATEN_CPU_CAPABILITY");
     const std::string wanted = limit ? limit : "avx512";
-    const bool narrow = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool narrow =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool wide = narrow && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (wanted == "avx512" && wide) return InstructionSet::kAvx512;

@@ -1,5 +1,5 @@
-// The layer's ops on CPU tensors: checks, outputs, and work cut into pieces by shape alone, so that results do not depend
-// on the number of threads.
+// The layer's ops on CPU tensors: checks, outputs, and work cut into pieces by shape alone, so that results do not
+// depend on the number of threads.
 #include <algorithm>
 #include <memory>
 #include <tuple>

@@ -21,7 +21,7 @@ inline uint16_t to_bfloat16(float value) {  // to nearest, ties to even
 
 inline float from_float16(uint16_t half) {
   const uint32_t sign = uint32_t(half & 0x8000) << 16, rest = uint32_t(half & 0x7fff) << 13;
-  // As a denormal the mantissa counts units of 2^-24; it is converted as an integer because denormal floats are flushed.
+  // As a denormal the mantissa counts units of 2^-24: converted as an integer, because denormal floats are flushed.
   const uint32_t denormal = bits_of(float(int32_t(half & 0x3ff)) * 5.9604645e-8f);
   const uint32_t normal = (half & 0x7c00) == 0x7c00 ? rest | 0x7f800000 : rest + 0x38000000;
   return float_of(sign | (half & 0x7c00 ? normal : denormal));

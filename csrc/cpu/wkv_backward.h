@@ -9,10 +9,10 @@
 //   d_t = S q_t,   g_s = G v_s,   x = sum_j S G,   G' = W G + sum_t r~_t q_t,   dv_s = G k~_s + sum_{t>=s} A[t,s] q_t
 // and finish_block() makes dr, dk, dw of d, g and x. Sums alone, no differences: dw has no cancellation.
 //
-// S runs forward and G backward, so the states of a 128-token chunk are recomputed from the saved one, one per block. Both
-// matrices lie as [panel of keys][value j][lanes]: dr, dk and dw add up lane by lane and only dv needs sums across lanes.
+// S runs forward and G backward, so the states of a 128-token chunk are recomputed from the saved one, one per block.
+// Both matrices lie as [panel of keys][value j][lanes]: dr, dk and dw add up lane by lane and only dv needs sums across.
 //
-// A call has all keys and some value columns. d, g and x are summed over kColumnUnit columns at a time and these sums are
+// A call has all keys and some value columns. d, g and x are summed over kColumnUnit columns at a time and these sums
 // added in their order, so that the result does not depend on how columns are divided. Where they are, run() leaves the
 // sums in params.partial_sums, and finish() does the rest. Included after wkv_forward.h, inside rwkv::RWKV_ISA.
 
@@ -248,8 +248,7 @@ class BackwardSequence {
 
   void keep_sums(const PanelSums<T>& sums, T* to, bool add) {
     const auto keep = [&](int row, Lanes<T> x) {
-      T* at = to + row * stride_;
-      store<T>(at, add ? load<T>(at) + x : x);
+      store<T>(to + row * stride_, add ? load<T>(to + row * stride_) + x : x);
     };
 #pragma GCC unroll 8
     for (int t = 0; t < kBlock; ++t) keep(t, sums.d[t]), keep(kBlock + t, sums.g[t]);
@@ -275,9 +274,10 @@ class BackwardSequence {
     for (int s = 0; s < kBlock; ++s) {
       const int64_t own = token_of(chunk, block) + s, token = at_.first_token + own;
       if (own >= at_.tokens) return;
+      const T* folded_k = keys_.rows + (BlockKeys<T>::kK + s) * stride_;
       T* dv = dv_.at(s, token, true, own >= kPrefetchTokens ? token - kPrefetchTokens : -1);
       for (int64_t j = 0; j < width_; j += kLanes<T>) {
-        Lanes<T> total = reverse_values<T, kSize>(keys_.rows + (BlockKeys<T>::kK + s) * stride_, adjoint_ + j * kLanes<T>, stride_, width_);
+        Lanes<T> total = reverse_values<T, kSize>(folded_k, adjoint_ + j * kLanes<T>, stride_, width_);
         for (int t = s; t < kBlock; ++t)
           total = multiply_add(broadcast(keys_.scores[t][s]), load<T>(gradients_ + t * stride_ + j), total);
         store<T>(dv + j, total);

@@ -2,8 +2,9 @@
 //   S' = W S + sum_t k~_t v_t,           k~_t = k_t prod_{m>t} e_m,   W = prod_t e_t
 //   y_t = r~_t S + sum_{s<=t} A[t,s] v_s,  r~_t = r_t prod_{m<t} e_m
 //   A[t,s] = sum_i r_t k_s prod_{s<m<t} e_m,   A[t,t] = sum_i r_t u k_t
-// Products of decays only, never a quotient: exact for every decay. A pass costs 2 + 1 / kBlock multiply-adds per element
-// of S and token, where one token at a time costs 3, and S is loaded and stored once per block. Included after rows.h.
+// Products of decays only, never a quotient: exact for every decay. A pass costs 2 + 1 / kBlock multiply-adds per
+// element of S and token, where one token at a time costs 3, and S is loaded and stored once per block. Included after
+// rows.h, inside rwkv::RWKV_ISA.
 
 // As many tokens as the registers of the instruction set carry through a pass.
 inline constexpr int kBlock = RWKV_LANE_BYTES == 64 ? 4 : 2;
@@ -14,8 +15,8 @@ inline constexpr int kPrefetchTokens = 4;
 class TokenRows {
  public:
   TokenRows(const View& view, int64_t row, int64_t head, int64_t size)
-      : first_(view.data ? element(view, row, 0, head) : nullptr), token_bytes_(view.token_stride * bytes_of(view.dtype)),
-        row_bytes_(size * bytes_of(view.dtype)), dtype_(view.dtype) {}
+      : first_(view.data ? element(view, row, 0, head) : nullptr),
+        token_bytes_(view.token_stride * bytes_of(view.dtype)), row_bytes_(size * bytes_of(view.dtype)), dtype_(view.dtype) {}
 
   char* at(int64_t token) const { return first_ + token * token_bytes_; }
   Dtype dtype() const { return dtype_; }
@@ -31,7 +32,7 @@ class TokenRows {
   Dtype dtype_;
 };
 
-// Rows of an input for the tokens of a block: the tensor's own memory where that is T and needs no padding, else copies.
+// Rows of an input for the tokens of a block: the tensor's own memory where that is T and is not padded, else copies.
 // kSize: what their size is most of the time, or 0.
 template <class T, int kSize>
 class InputRows {

@@ -2,8 +2,8 @@
 //   y_t[j]   = sum_i r_t[i] (S_{t-1}[i,j] + u[i] k_t[i] v_t[j])
 //   S_t[i,j] = e_t[i] S_{t-1}[i,j] + k_t[i] v_t[j]
 // in blocks of tokens, see wkv_block.h. A call has all keys and some of the value columns of one (sequence, head); no
-// column's arithmetic depends on the others, so how they are divided changes no bit. Rows are padded with zeros to whole
-// lanes, so any head size works and no loop has a tail. T is the arithmetic type; kSize the head size, or 0: any.
+// column's arithmetic depends on the others, so how they are divided changes no bit. Rows are padded with zeros to
+// whole lanes, so any head size works and no loop has a tail. T is the arithmetic type; kSize the head size, or 0: any.
 
 inline constexpr int kPanel = 2;  // lane vectors of value columns in one pass
 

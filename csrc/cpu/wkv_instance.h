@@ -46,7 +46,8 @@ void finish_backward(const WkvBackwardParams& params, const Sequence& sequence, 
 
 int64_t partial_sums(const WkvShape& shape) {
   const int64_t stride = padded(shape.head_size, shape.fp64 ? kLanes<double> : kLanes<float>);
-  return padded(shape.head_size, kColumnUnit) / kColumnUnit * shape.chunks * shape.heads * kChunkBlocks * kSums * stride;
+  const int64_t units = padded(shape.head_size, kColumnUnit) / kColumnUnit;
+  return units * shape.chunks * shape.heads * kChunkBlocks * kSums * stride;
 }
 
 void summary(const WkvSummaryParams& params, const Sequence& sequence, int64_t head, Columns columns) {

@@ -1,5 +1,5 @@
-// What one instruction set's translation unit offers to wkv_cpu.cpp. A kernel call handles one (sequence, head) pair, or
-// some of its value columns.
+// What one instruction set's translation unit offers to wkv_cpu.cpp. A kernel call handles one (sequence, head) pair,
+// or some of its value columns.
 #pragma once
 
 #include "wkv_params.h"
