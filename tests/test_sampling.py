@@ -76,6 +76,19 @@ def test_nucleus_of_a_large_vocabulary_equals_a_full_sort(top_p):
     torch.testing.assert_close(probabilities(x, top_p=top_p), expected)
 
 
+def test_wide_nuclei_of_some_rows_and_logits_with_a_graph():
+    """Rows that the first guess is enough for and rows that need all tokens, side by side, in any leading shape."""
+    scales = torch.tensor([8.0, 0.1, 2.0, 0.0]).view(2, 2, 1)
+    x = (scales * torch.randn(2, 2, 5000, generator=torch.Generator().manual_seed(6))).requires_grad_()
+    for options in (dict(top_p=0.8), dict(typical_p=0.8)):
+        together = probabilities(x, **options)
+        for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            assert torch.equal(together[i, j], probabilities(x[i, j].detach(), **options))
+        sizes = (together > 0).sum(-1)
+        assert sizes[0, 0] < 256 < sizes[0, 1] and sizes[1, 1] == 5000  # all tokens are equal there
+    assert sample(x, top_p=0.8).shape == (2, 2)
+
+
 def test_temperature_zero_takes_the_lowest_of_the_best():
     assert_distribution(probabilities(logits([0.2, 0.3, 0.3, 0.2]), temperature=0), [0, 1, 0, 0])
 
