@@ -19,7 +19,8 @@ struct CrossEntropyParams {
   bool overwrite = false;  // logits become their gradient
 };
 
-// out_c = base + (other - base) (weights_c + low_c): base is a token's own h and other its predecessor's, or the reverse.
+// out_c = base + (other - base) (weights_c + low_c): base is a token's own h and other its predecessor's, or the other
+// way round.
 // Rows are the B * T tokens. Forward leaves the pointers that begin with d alone.
 struct MixParams {
   Dtype dtype = Dtype::kFloat32;  // of all but weights and their sums, which are fp32 (fp64)

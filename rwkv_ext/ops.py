@@ -4,9 +4,10 @@ Axes: B batch, T time, H heads, N head size. A state is [key, value] in its last
 one of float32, float64, bfloat16, float16; w and u are each float32 or r's dtype; states are float32 (float64 beside a
 float64 r). The arithmetic runs in fp32 (fp64). w is the raw decay parameter omega; the op computes exp(-exp(w)) itself,
 exact for every value: 0 where it underflows, exp(w) = inf included. Non-contiguous inputs work; T = 0 and B = 0 are
-legal; N is any on the CPU and 32, 64 or 128 on a GPU. Results are bitwise equal from run to run and for any number of
-threads. On a GPU nothing waits for the device, so the ops can be captured in a CUDA graph; bfloat16 and float16 run on
-tensor cores, whose products of fp32 numbers keep 11 bits (tf32), and float32 and float64 in their own arithmetic.
+legal; N is any on the CPU and 32, 64 or 128 on a GPU. On the CPU denormal numbers count as zero. Results are bitwise
+equal from run to run and for any number of threads. On a GPU nothing waits for the device, so the ops can be captured
+in a CUDA graph; bfloat16 and float16 run on tensor cores, whose products of fp32 numbers keep 11 bits (tf32), and
+float32 and float64 in their own arithmetic.
 """
 
 import torch

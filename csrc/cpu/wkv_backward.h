@@ -10,7 +10,7 @@
 // and finish_block() makes dr, dk, dw of d, g and x. Sums alone, no differences: dw has no cancellation.
 //
 // S runs forward and G backward, so the states of a 128-token chunk are recomputed from the saved one, one per block.
-// Both matrices lie as [panel of keys][value j][lanes]: dr, dk and dw add up lane by lane and only dv needs sums across.
+// Both matrices lie as [panel of keys][value j][lanes]: dr, dk, dw add up lane by lane and only dv needs sums across.
 //
 // A call has all keys and some value columns. d, g and x are summed over kColumnUnit columns at a time and these sums
 // added in their order, so that the result does not depend on how columns are divided. Where they are, run() leaves the

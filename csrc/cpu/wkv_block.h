@@ -16,7 +16,8 @@ class TokenRows {
  public:
   TokenRows(const View& view, int64_t row, int64_t head, int64_t size)
       : first_(view.data ? element(view, row, 0, head) : nullptr),
-        token_bytes_(view.token_stride * bytes_of(view.dtype)), row_bytes_(size * bytes_of(view.dtype)), dtype_(view.dtype) {}
+        token_bytes_(view.token_stride * bytes_of(view.dtype)), row_bytes_(size * bytes_of(view.dtype)),
+        dtype_(view.dtype) {}
 
   char* at(int64_t token) const { return first_ + token * token_bytes_; }
   Dtype dtype() const { return dtype_; }
