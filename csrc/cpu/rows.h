@@ -84,17 +84,29 @@ inline int64_t padded(int64_t size, int64_t multiple) { return (size + multiple 
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Memory of this thread for one kernel call, handed out in cache lines. It is kept for the next call, because fresh
-// pages of this size cost as much as a short sequence; what is larger than kKept is given back.
+// Memory for one kernel call, handed out in pieces. The thread keeps it for the next call, because fresh pages of this
+// size cost as much as a short sequence; what is larger than kKept, or asked for while the kept memory is in use, is
+// given back.
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t count) : bytes_(padded(count * int64_t(sizeof(T)), 64)) {
-    if (bytes_ > kept().bytes) kept().resize(bytes_);
-    next_ = static_cast<char*>(kept().memory);
+  explicit Scratch(int64_t count) : bytes_(padded(count * int64_t(sizeof(T)), 64)), own_(kept().in_use) {
+    if (own_) {
+      memory_ = allocated(bytes_);
+    } else {
+      kept().provide(bytes_);
+      memory_ = kept().memory;
+    }
+    kept().in_use = true;
+    next_ = static_cast<char*>(memory_);
   }
   ~Scratch() {
-    if (bytes_ > kKept) kept().resize(0);
+    if (own_) {
+      release(memory_);
+    } else {
+      kept().in_use = false;
+      if (bytes_ > kKept) kept().drop();
+    }
   }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
@@ -113,14 +125,22 @@ class Scratch {
 
  private:
   static constexpr int64_t kKept = 4 << 20;
+  static void* allocated(int64_t bytes) { return ::operator new(size_t(bytes), std::align_val_t(64)); }
+  static void release(void* memory) { ::operator delete(memory, std::align_val_t(64)); }
+
   struct Kept {
     void* memory = nullptr;
     int64_t bytes = 0;
-    ~Kept() { resize(0); }
-    void resize(int64_t wanted) {
-      if (memory) ::operator delete(memory, std::align_val_t(64));
+    bool in_use = false;
+    ~Kept() { drop(); }
+    void drop() {
+      if (memory) release(memory);
       memory = nullptr, bytes = 0;
-      if (wanted) memory = ::operator new(size_t(wanted), std::align_val_t(64));
+    }
+    void provide(int64_t wanted) {
+      if (wanted <= bytes) return;
+      drop();
+      memory = allocated(wanted);
       bytes = wanted;
     }
   };
@@ -129,6 +149,8 @@ class Scratch {
     return kept;
   }
 
-  int64_t bytes_;
+  const int64_t bytes_;
+  const bool own_;
+  void* memory_;
   char* next_;
 };
