@@ -24,9 +24,9 @@ def chunked(r, k, v, w, u):
     whole = until[:, :, :, -1:]
     added = (kept * whole).mT @ v
     state, states = torch.zeros(batch, heads, size, size), []
-    for chunk in range(tokens // CHUNK):
+    for decayed, new in zip(whole.unbind(2), added.unbind(2), strict=True):  # indexing's gradient is as large as all
         states.append(state)
-        state = whole[:, :, chunk].mT * state + added[:, :, chunk]
+        state = decayed.mT * state + new
     y = scores @ v + received @ torch.stack(states, 2)
     return y.reshape(batch, heads, tokens, size).transpose(1, 2)
 
