@@ -23,6 +23,7 @@ from bench_train import random_model  # noqa: E402
 from common import header, measure, table  # noqa: E402
 
 from rwkv_ext import RWKV, RWKVConfig, wkv6  # noqa: E402
+from rwkv_ext.host_memory import keep_freed_memory  # noqa: E402
 
 SIZES = {"0.1B": (12, 768), "0.4B": (24, 1024)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -121,9 +122,12 @@ def main():
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cpu-time", action="store_true", help="CPU time instead of time passed; needs --threads 1")
+    parser.add_argument("--keep-freed-memory", action="store_true", help="call rwkv_ext.host_memory first: for both")
     parser.add_argument("--output", type=Path, help="write the report there as well")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.keep_freed_memory:
+        keep_freed_memory()
     start = header()
     with tempfile.TemporaryDirectory() as folder:
         rows = [row for size in options.sizes for row in bench(size, options, Path(folder))]

@@ -77,10 +77,13 @@ class TokenShift:
             weights = weights.float()
         if not has_layer_ops(self.h):
             return self._plain_mix(weights.to(self.h.dtype), low, up, weighs_current)
-        factors: Sequence[Tensor] = () if low is None else low.unbind(2)
-        proportions = [
-            linear(factor, matrix.t()) for factor, matrix in zip(factors, up if factors else (), strict=True)
-        ]
+        proportions: Sequence[Tensor] = ()
+        if low is not None and (low.dtype == torch.float32 or torch.is_grad_enabled()):
+            # One product each: fp32 ones go to oneDNN, and the gradients need not be put together again.
+            proportions = [linear(factor, matrix.t()) for factor, matrix in zip(low.unbind(2), up, strict=True)]
+        elif low is not None:
+            product = torch.bmm(low.flatten(0, 1).transpose(0, 1), up.to(low.dtype))
+            proportions = product.unflatten(1, self.h.shape[:2]).unbind(0)
         bounds = None if self.packing is None else self.packing.cu_seqlens
         return torch.ops.rwkv_ext.shift_mix(self.h, self.last, weights, proportions, bounds, weighs_current)
 
