@@ -108,7 +108,8 @@ inline float tree_sum(Floats lanes) {
 // out[b * out_stride + r] = sum_c weights[r, c] x[b, c] for kRows rows and kBatch vectors; columns is a multiple of 32.
 template <Storage kStorage, int kRows, int kBatch>
 inline void dot_rows(const Stored<kStorage>* weights, const float* x, int64_t columns, float* out, int64_t out_stride) {
-  constexpr int64_t kStep = kLanes<float>, kPerLine = kLineBytes / int64_t(sizeof(Stored<kStorage>));
+  constexpr int64_t kBytes = sizeof(Stored<kStorage>), kStep = kLanes<float>, kPerLine = kLineBytes / kBytes;
+  constexpr int64_t kAhead = 4 * kRowBlock / kBytes;  // rows: some 24 KB
   Floats total[kRows][kBatch] = {};
   const auto add = [&](int64_t column) {
     Floats part[kBatch];
@@ -120,8 +121,8 @@ inline void dot_rows(const Stored<kStorage>* weights, const float* x, int64_t co
   };
   int64_t column = 0;
   for (; column + kPerLine <= columns; column += kPerLine) {
-    // The same columns of the next rows: far enough ahead, and in step with the reading.
-    for (int r = 0; r < kRows; ++r) __builtin_prefetch(weights + (r + kRows) * columns + column);
+    // Into the second cache: the first cannot have enough lines on their way to keep the memory busy.
+    for (int r = 0; r < kRows; ++r) __builtin_prefetch(weights + (r + kAhead) * columns + column, 0, 2);
     for (int64_t i = 0; i < kPerLine; i += kStep) add(column + i);
   }
   for (; column < columns; column += kStep) add(column);
