@@ -130,6 +130,18 @@ def test_wkv_edges_nan_as_in_the_reference(size):
             torch.testing.assert_close(actual[finite], expected[finite], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize("tokens", [5, 6, 7, 8])
+def test_wkv_edges_nan_in_the_last_token_is_not_in_eagles_dw(tokens):
+    """No decay acts on the last token's k and v, and the tokens that fill up a block have no share in a sum."""
+    clean = make_inputs("5.2", 1, tokens, 2, 40)
+    expected = outputs_and_gradients(ops.wkv5, clean)["dw"]
+    for field in ("k", "v"):
+        x = getattr(clean, field).clone()
+        x[0, -1, 1, 3] = float("nan")
+        assert torch.equal(outputs_and_gradients(ops.wkv5, clean._replace(**{field: x}))["dw"], expected), field
+
+
 def test_wkv_edges_infinite_gradient():
     """An inf that arrives from above reaches what it multiplies and nothing else."""
     inputs = make_inputs("6.0", 1, 20, 2, 7, dtype=torch.float64)

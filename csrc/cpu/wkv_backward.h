@@ -303,7 +303,7 @@ class BackwardSequence {
       dk[t] = dk_.at(t, first + t, t < tokens, fetch);
       dw[t] = dw_.at(t, first + t, t < tokens && p_.dw.data, p_.dw.data ? fetch : -1);
     }
-    for (int64_t i = 0; i < stride_; i += kLanes<T>) finish_panel(i, rows, b, dr, dk, dw);
+    for (int64_t i = 0; i < stride_; i += kLanes<T>) finish_panel(i, tokens, rows, b, dr, dk, dw);
     if (own % kSumTokens == 0) flush_sums();
     for (int t = 0; t < tokens; ++t) {
       dr_.done(t, first + t);
@@ -312,8 +312,8 @@ class BackwardSequence {
     }
   }
 
-  void finish_panel(int64_t i, const BlockRows<T>& rows, const T (&b)[kBlock][kBlock], T* const (&dr)[kBlock],
-                    T* const (&dk)[kBlock], T* const (&dw)[kBlock]) {
+  void finish_panel(int64_t i, int64_t tokens, const BlockRows<T>& rows, const T (&b)[kBlock][kBlock],
+                    T* const (&dr)[kBlock], T* const (&dk)[kBlock], T* const (&dw)[kBlock]) {
     Lanes<T> r[kBlock], k[kBlock], decay[kBlock];
     load_panel(r, rows.r, i);
     load_panel(k, rows.k, i);
@@ -364,7 +364,7 @@ class BackwardSequence {
       store<T>(dr[m] + i, d[m]);
       store<T>(dk[m] + i, g[m]);
       store<T>(dw[m] + i, rate * total);
-      dw_sum = multiply_add(rate, total, dw_sum);
+      if (m < tokens) dw_sum = multiply_add(rate, total, dw_sum);  // 0 times what may be infinite is not 0
     }
     store<T>(du_part_ + i, du);
     store<T>(dw_part_ + i, dw_sum);
