@@ -68,13 +68,13 @@ def percent(shape, name, seconds, peak, size=64):
 
 def check():
     """Every way against the fp64 loop, before any is timed."""
+    for version, op, plain_op in (("6.0", ops.wkv6, reference.wkv6), ("5.2", ops.wkv5, reference.wkv5)):
+        for size, dtype in ((64, torch.float32), (64, torch.bfloat16), (32, torch.float32), (128, torch.float32)):
+            given = make_inputs(version, 2, 160, 3, size, regime="typical", state=False, dtype=dtype)
+            exact = outputs_and_gradients(plain_op, given.double())
+            plain = outputs_and_gradients(plain_op, given)
+            assert_close_ratio(outputs_and_gradients(op, given), exact, plain)
     inputs = make_inputs("6.0", 2, 160, 3, 64, regime="typical", state=False)
-    exact = outputs_and_gradients(reference.wkv6, inputs.double())
-    for dtype in (torch.float32, torch.bfloat16):
-        given = make_inputs("6.0", 2, 160, 3, 64, regime="typical", state=False, dtype=dtype)
-        exact = outputs_and_gradients(reference.wkv6, given.double())
-        plain = outputs_and_gradients(reference.wkv6, given)
-        assert_close_ratio(outputs_and_gradients(ops.wkv6, given), exact, plain)
     truth = reference.wkv6(*inputs.double())[0]
     for peer in (wkv_peers.chunked, wkv_peers.token_by_token):
         error = (peer(*inputs[:5]).double() - truth).norm() / truth.norm()
