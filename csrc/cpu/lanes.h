@@ -117,7 +117,7 @@ inline Lanes<float> at_most(Lanes<float> x, float most) { return x > most ? broa
 inline Lanes<float> at_least(Lanes<float> x, float least) { return x < least ? broadcast(least) : x; }
 #endif
 
-// p * 2^n for whole n from -127 to 128, where 2^-127 counts as 0 and 2^128 as infinity.
+// p * 2^n for whole n from -127 to 128, where 2^-127 may count as 0 and 2^128 as infinity.
 inline Lanes<float> times_power_of_two(Lanes<float> p, Lanes<float> n) {
 #if RWKV_LANE_BYTES == 64
   return _mm512_scalef_ps(p, n);
@@ -149,8 +149,8 @@ inline ReducedExponent reduced_exponent(Lanes<float> x) {
   return {n, multiply_add(q, f * f, f)};
 }
 
-// exp(x) to less than 1 ulp, half an ulp near 1, where memories are long. Overflows to inf from 88.4 on, is 0 where the
-// result would be denormal, keeps NaN.
+// exp(x) to less than 1 ulp, half an ulp near 1, where memories are long. Overflows to inf somewhere from 88.4 to
+// 88.8, is 0 where the result would be denormal, keeps NaN.
 inline Lanes<float> exp_of(Lanes<float> x) {
   const ReducedExponent reduced = reduced_exponent(at_least(at_most(x, 88.9f), -88.0f));
   return times_power_of_two(reduced.exp_minus_1 + 1.0f, reduced.n);

@@ -124,7 +124,7 @@ class Scratch {
   }
 
  private:
-  static constexpr int64_t kKept = 4 << 20;
+  static constexpr int64_t kKept = 8 << 20;
   static void* allocated(int64_t bytes) { return ::operator new(size_t(bytes), std::align_val_t(64)); }
   static void release(void* memory) { ::operator delete(memory, std::align_val_t(64)); }
 
