@@ -23,12 +23,15 @@ class Timing(NamedTuple):
         return f"{1e3 * self.median:.1f} ({1e3 * self.best:.1f} .. {1e3 * self.worst:.1f})"
 
 
-def measure(functions: dict[str, Callable[[], object]], repeats: int = 7, cpu_time: bool = False) -> dict[str, Timing]:
+def measure(
+    functions: dict[str, Callable[[], object]], repeats: int = 7, cpu_time: bool = False, warm: bool = False
+) -> dict[str, Timing]:
     """Time every function once per round, after one round of warm-up.
 
     Taking turns means that a load from outside falls on all of them: their ratios hold where single times do not.
     cpu_time counts the CPU time of this thread instead of the time passed, which holds on a busy machine, but makes
-    sense with one thread only.
+    sense with one thread only. warm runs each function once untimed before it is timed, so that it finds in the caches
+    what it left there and not what another did.
     """
     if cpu_time and torch.get_num_threads() > 1:
         raise ValueError(f"measure: cpu_time needs one thread, got {torch.get_num_threads()}; use --threads 1")
@@ -36,6 +39,8 @@ def measure(functions: dict[str, Callable[[], object]], repeats: int = 7, cpu_ti
     seconds = {name: [] for name in functions}
     for round_ in range(repeats + 1):
         for name, function in functions.items():
+            if warm:
+                function()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             start = clock()
