@@ -252,8 +252,8 @@ def main():
         f"- kernels: {_load.build_info()['cpu_instruction_set']}; malloc keeps freed memory ({', '.join(KEEP_MEMORY)})",
         f"- peak of one thread: {peak / 1e9:.0f} billion fp32 multiply-adds per second; memory updated in place: "
         + ", ".join(f"{limit.update_bytes / 1e9:.1f} GB/s ({n} threads)" for n, limit in limits.items()),
-        "- best of the repeats, each after an untimed call; tc: one token and channel. Every way was checked against the "
-        "fp64 loop first.",
+        "- best of the repeats, each after an untimed call; tc: one token and channel. Every way was checked against "
+        "the fp64 loop first.",
     ]
     for title, text in (
         ("One thread against the peak", kernels_table(options.repeats)),
