@@ -219,14 +219,14 @@ def draw(path, repeats):
             )
         for name, seconds in best_times(calls, max(2, repeats // 3)).items():
             lines.setdefault(name, []).append(elements(shape) / seconds / 1e6)
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for name, speeds in lines.items():
         dashed = "--" if "backward" in name else "-"
         axes.plot(LENGTHS, speeds, dashed, marker="o", color="C0" if "rwkv" in name else "C1", label=name)
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="million token-channels per second")
     axes.set_title("WKV-6 on one thread, B 1, H 8, N 64, fp32")
     axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
