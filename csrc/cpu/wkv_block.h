@@ -2,9 +2,9 @@
 //   S' = W S + sum_t k~_t v_t,           k~_t = k_t prod_{m>t} e_m,   W = prod_t e_t
 //   y_t = r~_t S + sum_{s<=t} A[t,s] v_s,  r~_t = r_t prod_{m<t} e_m
 //   A[t,s] = sum_i r_t k_s prod_{s<m<t} e_m,   A[t,t] = sum_i r_t u k_t
-// Products of decays only, never a quotient: exact for every decay (one below 1.2e-38 is 0, and so is a product). A
-// pass costs 2 + 1 / kBlock multiply-adds per element of S and token, where one token at a time costs 3, and S is loaded
-// and stored once per block. Included after rows.h, inside rwkv::RWKV_ISA.
+// Products of decays only, never a quotient: exact for every decay, where one below 1.2e-38 is 0, and so is a product.
+// A pass costs 2 + 1 / kBlock multiply-adds per element of S and token, where one token at a time costs 3, and S is
+// loaded and stored once per block. Included after rows.h, inside rwkv::RWKV_ISA.
 
 // As many tokens as the registers of the instruction set carry through a pass.
 inline constexpr int kBlock = RWKV_LANE_BYTES == 64 ? 4 : 2;
