@@ -24,7 +24,12 @@ def main(argv: list[str] | None = None) -> int:
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         if name == wanted:  # the others stay unimported: --help and doctor answer at once
             importlib.import_module(module).add_arguments(command)
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    # Before Python 3.12 argparse takes an optional positional for absent at the first option, and this one for unknown.
+    if len(rest) == 1 and (rest == ["-"] or not rest[0].startswith("-")) and getattr(args, "prompt", "") is None:
+        args.prompt = rest[0]
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return importlib.import_module(SUBCOMMANDS[args.command][0]).run(args)
     except (ValueError, TypeError, OSError, MissingLibraryError) as error:

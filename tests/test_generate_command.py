@@ -49,6 +49,24 @@ def test_command_prints_text_and_speed(checkpoint, loaded, capsys):
     assert "prompt: 3 tokens in" in err and "output: 5 tokens in" in err and "ended by length" in err
 
 
+@pytest.mark.parametrize("prompt", ["def main(", "-"])
+def test_command_takes_the_prompt_after_options(prompt, checkpoint, monkeypatch, capsys):
+    limits = ["--max-tokens", "5", "--seed", "3"]
+    texts = []
+    for arguments in ([checkpoint, prompt, *limits], [checkpoint, *limits, prompt], [*limits, checkpoint, prompt]):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"def main(")))
+        assert main(["generate", *arguments]) == 0
+        texts.append(capsys.readouterr().out)
+    assert len(set(texts)) == 1
+
+
+def test_command_names_what_it_does_not_know(checkpoint, capsys):
+    for unknown in (["--sead", "3"], ["two", "three"]):
+        with pytest.raises(SystemExit):
+            main(["generate", checkpoint, "one", *unknown])
+        assert f"unrecognized arguments: {' '.join(unknown)}" in capsys.readouterr().err
+
+
 def test_command_quantizes(checkpoint, capsys):
     model = RWKV.from_pretrained(checkpoint, quantize="int8")
     assert main(["generate", checkpoint, "def main(", "--max-tokens", "5", "--seed", "3", "--quantize", "int8"]) == 0
