@@ -44,7 +44,23 @@ def check_against_fp64(config: RWKVConfig, dtype: torch.dtype, batch: int) -> No
             assert error <= bound, f"{name}: {error:.2e}, plain {bound:.2e}"
 
 
+def check_denormal_halves() -> None:
+    """float16 weights below 6e-5, its denormal numbers, count, though denormal fp32 numbers are flushed."""
+    config = EVERY_TAIL["finch"]
+    model, exact = random_model(config, dtype=torch.float16), random_model(config, dtype=torch.float16).double()
+    small = (model.head.weight.detach() / model.head.weight.abs().max() * 3e-5).half()
+    assert (small != 0).any()
+    with torch.no_grad():
+        model.head.weight.copy_(small)
+        exact.head.weight.copy_(small)
+    tokens = next(iter(random_tokens(config, 1, 2)))
+    wanted = plain_step(exact, tokens, exact.initial_state(2))
+    error = (model.step(tokens, model.initial_state(2)).double() - wanted).abs().max()
+    assert error <= 0.02 * wanted.abs().max() + 6e-8, f"{error:.1e} of {wanted.abs().max():.1e}"
+
+
 def check_all() -> None:
+    check_denormal_halves()
     for name, config in CONFIGS.items():
         for dtype in DTYPES if name.startswith("tails") else (torch.float32,):
             check_against_fp64(config, dtype, 3)

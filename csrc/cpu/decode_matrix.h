@@ -39,22 +39,6 @@ inline Integers load_integers(const int8_t* from) {
 #endif
 }
 
-inline Integers load_integers(const uint16_t* from) {
-#if RWKV_LANE_BYTES == 64
-  return Integers(_mm512_maskz_cvtepu16_epi32(kAllLanes, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
-#elif RWKV_LANE_BYTES == 32
-  return Integers(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
-#else
-  return Integers{from[0], from[1], from[2], from[3]};
-#endif
-}
-
-inline Floats as_floats(Integers bits) {
-  Floats floats;
-  std::memcpy(&floats, &bits, sizeof floats);
-  return floats;
-}
-
 // One lane vector of stored numbers.
 template <Storage kStorage>
 inline Floats widen(const Stored<kStorage>* from) {
@@ -63,14 +47,9 @@ inline Floats widen(const Stored<kStorage>* from) {
   } else if constexpr (kStorage == Storage::kInt8) {
     return __builtin_convertvector(load_integers(from), Floats);
   } else if constexpr (kStorage == Storage::kBFloat16) {
-    return as_floats(load_integers(from) << 16);
-  } else {  // as from_float16
-    const Integers half = load_integers(from), rest = (half & 0x7fff) << 13, sign = (half & 0x8000) << 16;
-    const Floats scaled = as_floats(rest) * float_of(0x77800000);
-    Integers bits;
-    std::memcpy(&bits, &scaled, sizeof bits);
-    bits = (half & 0x7c00) == 0x7c00 ? rest | 0x7f800000 : bits;
-    return as_floats(bits | sign);
+    return widened(reinterpret_cast<const BFloat16*>(from));
+  } else {
+    return widened(reinterpret_cast<const Float16*>(from));
   }
 }
 
@@ -83,26 +62,6 @@ inline void with_storage(Storage storage, const Body& body) {
     case Storage::kFloat16: return body(std::integral_constant<Storage, Storage::kFloat16>());
     case Storage::kInt8: return body(std::integral_constant<Storage, Storage::kInt8>());
   }
-}
-
-// A sum over the lanes, halves first, in registers: through memory it would take as long as 300 multiply-adds.
-inline float tree_sum(Floats lanes) {
-  typedef float Quad __attribute__((vector_size(16)));
-#if RWKV_LANE_BYTES == 64
-  typedef float Half __attribute__((vector_size(32)));
-  const Half half = __builtin_shufflevector(lanes, lanes, 0, 1, 2, 3, 4, 5, 6, 7) +
-                    __builtin_shufflevector(lanes, lanes, 8, 9, 10, 11, 12, 13, 14, 15);
-#else
-  const Floats half = lanes;
-#endif
-#if RWKV_LANE_BYTES >= 32
-  const Quad quad =
-      __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
-#else
-  const Quad quad = half;
-#endif
-  const Quad pairs = quad + __builtin_shufflevector(quad, quad, 2, 3, 0, 1);
-  return pairs[0] + pairs[1];
 }
 
 // out[b * out_stride + r] = sum_c weights[r, c] x[b, c] for kRows rows and kBatch vectors; columns is a multiple of 32.
@@ -129,7 +88,7 @@ inline void dot_rows(const Stored<kStorage>* weights, const float* x, int64_t co
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-    for (int b = 0; b < kBatch; ++b) out[b * out_stride + r] = tree_sum(total[r][b]);
+    for (int b = 0; b < kBatch; ++b) out[b * out_stride + r] = sum<float>(total[r][b]);
 }
 
 // out[c] += sum_r x[r] weights[r * stride + c]: rows of a matrix stored [in, out]; any number of columns.

@@ -18,20 +18,17 @@ inline Floats lanes_at(const Vector& row, int64_t i) {
 
 inline float number_at(const Vector& row, int64_t i) {
   switch (row.storage) {
-    case Storage::kBFloat16: return from_bfloat16(static_cast<const uint16_t*>(row.data)[i]);
-    case Storage::kFloat16: return from_float16(static_cast<const uint16_t*>(row.data)[i]);
+    case Storage::kBFloat16: return get_one(static_cast<const BFloat16*>(row.data) + i);
+    case Storage::kFloat16: return get_one(static_cast<const Float16*>(row.data) + i);
     default: return static_cast<const float*>(row.data)[i];
   }
 }
 
 inline void store_row(const float* from, void* data, Storage storage, int64_t first, int64_t size) {
-  uint16_t* halves = static_cast<uint16_t*>(data) + first;
-  if (storage == Storage::kBFloat16)
-    for (int64_t i = 0; i < size; ++i) halves[i] = to_bfloat16(from[i]);
-  else if (storage == Storage::kFloat16)
-    for (int64_t i = 0; i < size; ++i) halves[i] = to_float16(from[i]);
-  else
-    std::memcpy(static_cast<float*>(data) + first, from, size_t(size) * sizeof(float));
+  const Dtype dtype = storage == Storage::kBFloat16  ? Dtype::kBFloat16
+                      : storage == Storage::kFloat16 ? Dtype::kFloat16
+                                                     : Dtype::kFloat32;
+  store_row(from, static_cast<char*>(data) + first * bytes_of(dtype), dtype, size);
 }
 
 inline Floats sigmoid_of(Floats x) { return 1.0f / (1.0f + exp_of(-x)); }
@@ -49,7 +46,7 @@ inline void normalise(const float* in, int64_t size, float epsilon, float* out) 
   const int64_t whole = size / kLanes<float> * kLanes<float>;
   Floats lanes = {};
   for_lanes(whole, [&](int64_t i) { lanes += load<float>(in + i); });
-  float total = tree_sum(lanes);
+  float total = sum<float>(lanes);
   for (int64_t i = whole; i < size; ++i) total += in[i];
   const float mean = total / float(size);
   lanes = Floats{};
@@ -57,7 +54,7 @@ inline void normalise(const float* in, int64_t size, float epsilon, float* out) 
     const Floats x = load<float>(in + i) - mean;
     lanes += x * x;
   });
-  float squares = tree_sum(lanes);
+  float squares = sum<float>(lanes);
   for (int64_t i = whole; i < size; ++i) squares += (in[i] - mean) * (in[i] - mean);
   const float scale = 1.0f / std::sqrt(squares / float(size) + epsilon);
   for_lanes(whole, [&](int64_t i) { store<float>(out + i, (load<float>(in + i) - mean) * scale); });

@@ -1,43 +1,5 @@
 // Rows of tensors in and out of arithmetic precision T, and the memory that kernels work in. Included after elements.h.
 
-inline float float_of(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-inline uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-inline float from_bfloat16(uint16_t half) { return float_of(uint32_t(half) << 16); }
-
-inline uint16_t to_bfloat16(float value) {  // to nearest, ties to even
-  const uint32_t bits = bits_of(value);
-  return value != value ? uint16_t(0x7fc0) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-inline float from_float16(uint16_t half) {
-  const uint32_t sign = uint32_t(half & 0x8000) << 16, rest = uint32_t(half & 0x7fff) << 13;
-  // As a denormal the mantissa counts units of 2^-24: converted as an integer, because denormal floats are flushed.
-  const uint32_t denormal = bits_of(float(int32_t(half & 0x3ff)) * 5.9604645e-8f);
-  const uint32_t normal = (half & 0x7c00) == 0x7c00 ? rest | 0x7f800000 : rest + 0x38000000;
-  return float_of(sign | (half & 0x7c00 ? normal : denormal));
-}
-
-inline uint16_t to_float16(float value) {  // to nearest, ties to even
-  const uint32_t bits = bits_of(value), sign = (bits >> 16) & 0x8000, rest = bits & 0x7fffffff;
-  // Below 2^-14 the sum with 0.5 leaves the rounded denormal in the low bits.
-  const uint32_t denormal = bits_of(float_of(rest) + 0.5f) - 0x3f000000;
-  const uint32_t normal = (rest - 0x38000000 + 0xfff + ((rest >> 13) & 1)) >> 13;
-  uint32_t half = rest < 0x38800000 ? denormal : normal;
-  half = rest >= 0x477ff000 ? 0x7c00 : half;  // 65520 and above round to inf
-  half = rest > 0x7f800000 ? 0x7e00 : half;
-  return uint16_t(sign | half);
-}
-
 template <class T>
 constexpr Dtype kDtypeOf = sizeof(T) == 8 ? Dtype::kFloat64 : Dtype::kFloat32;
 
