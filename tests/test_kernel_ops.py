@@ -11,11 +11,20 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-OTHERS = {"cuda_messages", "cuda_step", "missing_library", "plan", "segments", "stable_abi"}  # not about the ops
+OTHERS = {
+    "cpu_sanitizers",
+    "cuda_messages",
+    "cuda_step",
+    "missing_library",
+    "plan",
+    "segments",
+    "stable_abi",
+}  # not about the ops
 FILES = [
     *sorted(path.name for path in TESTS.glob("test_wkv_*.py") if path.stem.removeprefix("test_wkv_") not in OTHERS),
     "test_gpu_wkv.py",
 ]
+FEW_TESTS = {"test_wkv_cuda_errors.py", "test_wkv_memory.py"}  # most of what they hold is about the CPU or a real GPU
 
 pytestmark = [pytest.mark.cpu, pytest.mark.kernels]
 
@@ -26,7 +35,7 @@ def test_ops_on_the_emulated_device(name):
     command = [sys.executable, "-m", "pytest", "-s", "--device", "emulated", TESTS / name]
     result = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True)
     assert result.returncode == 0, (result.stdout + result.stderr)[-8000:]
-    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 0
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > (1 if name in FEW_TESTS else 5)
 
 
 def test_files_are_there():

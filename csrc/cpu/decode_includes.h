@@ -5,6 +5,3 @@
 
 #include "cpu/decode_kernels.h"
 #include "cpu/kernel_includes.h"
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
