@@ -44,6 +44,7 @@ struct MixParams {
 };
 
 inline constexpr int64_t kPartialRows = 64;  // rows that add up to one partial sum
+inline constexpr int64_t kMixGroup = 4;      // tokens whose gradients a mix takes together
 
 // out = (weight (y - mean) / sqrt(var + eps) + bias) silu(gate), mean and var over each head of a row.
 struct HeadNormParams {

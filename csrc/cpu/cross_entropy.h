@@ -2,36 +2,41 @@
 //   loss = log(sum_i exp(z_i)) - z_t,   dz_i = softmax(z)_i - [i = t] + l2wrap z_i [i = first largest]
 // Included after elements.h, inside namespace rwkv::RWKV_ISA.
 
+// A row's largest element that is not NaN, and from where to look for it: the vectors before hold smaller ones alone.
+template <class T>
+struct Largest {
+  T value;
+  int64_t from;
+};
+
 template <class E>
-inline Real<E> largest_of(const E* z, int64_t size) {
+inline Largest<Real<E>> largest_of(const E* z, int64_t size) {
   using T = Real<E>;
-  const T lowest = -std::numeric_limits<T>::infinity();
-  Lanes<T> most = Lanes<T>{} + lowest;
-  T last = lowest;
-  for_lanes<T>(size, [&](auto place) {
-    if constexpr (std::is_same_v<decltype(place), Whole>) {
-      const Lanes<T> x = get(z, place);
-      most = x > most ? x : most;
-    } else {
-      for (int64_t i = place.at; i < size; ++i) last = get_one(z + i) > last ? get_one(z + i) : last;
-    }
-  });
-  for (int64_t lane = 0; lane < kLanes<T>; ++lane) last = most[lane] > last ? most[lane] : last;
-  return last;
+  constexpr int64_t kVectors = 16;  // to look through at a time, in chains that do not wait for each other
+  constexpr int64_t kChains = 4;
+  Largest<T> found = {-std::numeric_limits<T>::infinity(), 0};
+  const auto look = [&](int64_t at, Lanes<T> most) {
+    for (int64_t lane = 0; lane < kLanes<T>; ++lane)
+      if (most[lane] > found.value) found = {most[lane], at};
+  };
+  int64_t at = 0;
+  for (; at + kVectors * kLanes<T> <= size; at += kVectors * kLanes<T>) {
+    Lanes<T> most[kChains];
+    for (int64_t i = 0; i < kChains; ++i) most[i] = broadcast(found.value);
+    for (int64_t i = 0; i < kVectors; ++i)
+      most[i % kChains] = larger_of(get(z, Whole{at + i * kLanes<T>}), most[i % kChains]);
+    const Lanes<T> all = larger_of(larger_of(most[0], most[1]), larger_of(most[2], most[3]));
+    if (any_above<T>(all, found.value)) look(at, all);
+  }
+  for (; at < size; ++at)
+    if (get_one(z + at) > found.value) found = {get_one(z + at), at};
+  return found;
 }
 
 template <class E>
-inline int64_t first_place_of(const E* z, int64_t size, Real<E> value) {
-  using T = Real<E>;
-  int64_t start = 0;  // of the vector that has it
-  for (; start + kLanes<T> <= size; start += kLanes<T>) {
-    const auto found = get(z, Whole{start}) == value;
-    bool any = false;
-    for (int64_t lane = 0; lane < kLanes<T>; ++lane) any |= found[lane] != 0;
-    if (any) break;
-  }
-  for (int64_t i = start; i < size; ++i)
-    if (get_one(z + i) == value) return i;
+inline int64_t first_place_of(const E* z, int64_t size, Largest<Real<E>> largest) {
+  for (int64_t i = largest.from; i < size; ++i)
+    if (get_one(z + i) == largest.value) return i;
   return 0;  // a row of NaN
 }
 
@@ -40,11 +45,12 @@ void cross_entropy_row(const CrossEntropyParams& p, int64_t row, Real<E>* exps) 
   using T = Real<E>;
   E* z = static_cast<E*>(p.logits) + row * p.row_stride;
   const int64_t target = p.targets[row];
-  const T largest = largest_of(z, p.vocab), picked = get_one(z + target);
+  const Largest<T> found = largest_of(z, p.vocab);
+  const T largest = found.value, picked = get_one(z + target);
   Lanes<T> sums = {};
   T rest = 0;
   for_lanes<T>(p.vocab, [&](auto place) {
-    const Lanes<T> e = exp_of(get(z, place) - largest);
+    const Lanes<T> e = exp_of_at_most_0(get(z, place) - largest);
     put(exps, place, e);
     if constexpr (std::is_same_v<decltype(place), Whole>)
       sums += e;
@@ -54,7 +60,7 @@ void cross_entropy_row(const CrossEntropyParams& p, int64_t row, Real<E>* exps) 
   const T total = sum<T>(sums) + rest;
   static_cast<T*>(p.loss)[row] = (largest - picked) + std::log(total);
   if (!p.overwrite) return;
-  const int64_t at = p.l2wrap != 0 ? first_place_of(z, p.vocab, largest) : 0;
+  const int64_t at = p.l2wrap != 0 ? first_place_of(z, p.vocab, found) : 0;
   const T scale = T(1) / total;
   for_lanes<T>(p.vocab, [&](auto place) { put(z, place, get<T>(exps, place) * scale); });
   T gradient = exps[target] * scale - T(1);

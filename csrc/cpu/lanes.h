@@ -123,6 +123,34 @@ inline Lanes<float> at_most(Lanes<float> x, float most) { return x > most ? broa
 inline Lanes<float> at_least(Lanes<float> x, float least) { return x < least ? broadcast(least) : x; }
 #endif
 
+// The larger of the two, or b where one is NaN.
+#if RWKV_LANE_BYTES == 64
+inline Lanes<float> larger_of(Lanes<float> a, Lanes<float> b) { return _mm512_max_ps(a, b); }
+inline Lanes<double> larger_of(Lanes<double> a, Lanes<double> b) { return _mm512_max_pd(a, b); }
+#elif RWKV_LANE_BYTES == 32
+inline Lanes<float> larger_of(Lanes<float> a, Lanes<float> b) { return _mm256_max_ps(a, b); }
+inline Lanes<double> larger_of(Lanes<double> a, Lanes<double> b) { return _mm256_max_pd(a, b); }
+#else
+template <class V>
+inline V larger_of(V a, V b) {
+  return a > b ? a : b;
+}
+#endif
+
+// Whether a lane is larger than bound; NaN is not.
+template <class T>
+inline bool any_above(Lanes<T> x, T bound) {
+#if RWKV_LANE_BYTES == 64
+  if constexpr (std::is_same_v<T, float>) return _mm512_cmp_ps_mask(x, broadcast(bound), _CMP_GT_OQ) != 0;
+#elif RWKV_LANE_BYTES == 32
+  if constexpr (std::is_same_v<T, float>)
+    return _mm256_movemask_ps(_mm256_cmp_ps(x, broadcast(bound), _CMP_GT_OQ)) != 0;
+#endif
+  bool any = false;
+  for (int64_t lane = 0; lane < kLanes<T>; ++lane) any |= x[lane] > bound;
+  return any;
+}
+
 // p * 2^n for whole n from -127 to 128, where 2^-127 may count as 0 and 2^128 as infinity.
 inline Lanes<float> times_power_of_two(Lanes<float> p, Lanes<float> n) {
 #if RWKV_LANE_BYTES == 64
@@ -162,6 +190,12 @@ inline Lanes<float> exp_of(Lanes<float> x) {
   return times_power_of_two(reduced.exp_minus_1 + 1.0f, reduced.n);
 }
 
+// The same for x <= 0 or NaN.
+inline Lanes<float> exp_of_at_most_0(Lanes<float> x) {
+  const ReducedExponent reduced = reduced_exponent(at_least(x, -88.0f));
+  return times_power_of_two(reduced.exp_minus_1 + 1.0f, reduced.n);
+}
+
 // exp(x) - 1, to an ulp or two near 0 as well; x as for reduced_exponent().
 inline Lanes<float> exp_minus_1_of(Lanes<float> x) {
   const ReducedExponent reduced = reduced_exponent(x);
@@ -173,3 +207,4 @@ inline Lanes<double> exp_of(Lanes<double> x) {
   for (int64_t lane = 0; lane < kLanes<double>; ++lane) x[lane] = std::exp(x[lane]);
   return x;
 }
+inline Lanes<double> exp_of_at_most_0(Lanes<double> x) { return exp_of(x); }

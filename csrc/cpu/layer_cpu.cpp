@@ -210,7 +210,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> shift_mix_backward(Tensors dmixed, c
   p.low = call.low.empty() ? nullptr : call.low_data.data(), p.starts_of = call.starts_of.data();
   p.dout = dout_data.data(), p.dlow = dlow.empty() ? nullptr : dlow_data.data();
   p.dh = dh.data_ptr(), p.dlast = last ? dlast.data_ptr() : nullptr, p.partial = partial.data_ptr();
-  for_rows(blocks, 1, 3 * p.width, [&](int64_t begin, int64_t end, double* scratch) {
+  for_rows(blocks, 1, (2 * kMixGroup + 1) * p.width, [&](int64_t begin, int64_t end, double* scratch) {
     for (int64_t block = begin; block < end; ++block) kernels().mix_backward(p, block, scratch);
   });
   return {dh, dlast, sum_of_blocks(partial, 0, weights), dlow};

@@ -10,9 +10,10 @@ struct LayerKernels {
   // scratch has room for a row in arithmetic precision.
   void (*cross_entropy)(const CrossEntropyParams&, int64_t begin, int64_t end, void* scratch);
   void (*mix)(const MixParams&, int64_t begin, int64_t end);
-  // Of one block of kPartialRows tokens or rows; scratch has room for three rows.
+  // Of one block of kPartialRows tokens; scratch has room for 2 kMixGroup + 1 rows.
   void (*mix_backward)(const MixParams&, int64_t block, void* scratch);
   void (*head_norm_gate)(const HeadNormParams&, int64_t begin, int64_t end, void* scratch);
+  // Of one block of kPartialRows rows; scratch has room for two.
   void (*head_norm_gate_backward)(const HeadNormParams&, int64_t block, void* scratch);
   void (*squared_relu)(const PointwiseParams&, int64_t begin, int64_t end);
   void (*squared_relu_backward)(const PointwiseParams&, int64_t begin, int64_t end);
