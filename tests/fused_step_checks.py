@@ -33,7 +33,7 @@ def check_against_fp64(config: RWKVConfig, dtype: torch.dtype, batch: int) -> No
     model, exact_model = random_model(config, dtype=dtype), random_model(config, dtype=dtype).double()
     state, plain_state, exact_state = (m.initial_state(batch) for m in (model, model, exact_model))
     # fp32: both sum in fp32 in their own order. 16 bits: the plain step rounds after every operator.
-    factor = 3.0 if dtype == torch.float32 else 1.0
+    factor = 4.0 if dtype == torch.float32 else 1.0
     for tokens in random_tokens(config, 5, batch):
         logits = model.step(tokens, state)
         assert logits.dtype == dtype

@@ -2,11 +2,12 @@
 // namespace rwkv::RWKV_ISA. What a row of the result is depends on that row of the matrix and on one vector alone: not
 // on the rows beside it, nor on how many vectors share the pass over the weights.
 
-constexpr int64_t kRowBlock = 8;     // rows (times vectors) that are summed at once: hides the latency of an addition
-constexpr int64_t kBatchBlock = 4;   // vectors that share one read of the weights from memory
-constexpr int64_t kMaxItemRows = 128;
+constexpr int kSums = 4;            // partial sums of a row, which hide the latency of an addition
+constexpr int64_t kBatchBlock = 4;  // vectors that share one read of the weights from memory
+constexpr int64_t kRowsMultiple = 8, kMaxItemRows = 128;
 constexpr int64_t kItemBytes = 65536;
 constexpr int64_t kLineBytes = 64;
+constexpr int64_t kAheadBytes = 8192;  // two pages: what the processor asks for by itself ends with a page
 
 template <Storage kStorage>
 struct StoredType;
@@ -64,31 +65,51 @@ inline void with_storage(Storage storage, const Body& body) {
   }
 }
 
-// out[b * out_stride + r] = sum_c weights[r, c] x[b, c] for kRows rows and kBatch vectors; columns is a multiple of 32.
-template <Storage kStorage, int kRows, int kBatch>
-inline void dot_rows(const Stored<kStorage>* weights, const float* x, int64_t columns, float* out, int64_t out_stride) {
-  constexpr int64_t kBytes = sizeof(Stored<kStorage>), kStep = kLanes<float>, kPerLine = kLineBytes / kBytes;
-  constexpr int64_t kAhead = 4 * kRowBlock / kBytes;  // rows: some 24 KB
-  Floats total[kRows][kBatch] = {};
-  const auto add = [&](int64_t column) {
+// total[s][r][b] = the sum of weights[r, c] x[b, c] over the columns c whose lane vector is number s of its kSums, for
+// s = first to first + kTogether - 1.
+template <Storage kStorage, int kRows, int kBatch, int kTogether>
+inline void add_products(const Stored<kStorage>* weights, const float* x, int64_t columns, int first,
+                         Floats (*total)[kRows][kBatch]) {
+  constexpr int64_t kStep = kLanes<float>, kBlock = kSums * kStep;
+  constexpr int64_t kPerLine = kLineBytes / int64_t(sizeof(Stored<kStorage>));
+  constexpr int64_t kAhead = kAheadBytes / int64_t(sizeof(Stored<kStorage>));
+  Floats sums[kTogether][kRows][kBatch] = {};
+  const auto add = [&](int64_t column, int i) {
     Floats part[kBatch];
     for (int b = 0; b < kBatch; ++b) part[b] = load<float>(x + b * columns + column);
     for (int r = 0; r < kRows; ++r) {
       const Floats weight = widen<kStorage>(weights + r * columns + column);
-      for (int b = 0; b < kBatch; ++b) total[r][b] += weight * part[b];
+      for (int b = 0; b < kBatch; ++b) sums[i][r][b] += weight * part[b];
     }
   };
-  int64_t column = 0;
-  for (; column + kPerLine <= columns; column += kPerLine) {
-    // Into the second cache: the first cannot have enough lines on their way to keep the memory busy.
-    for (int r = 0; r < kRows; ++r) __builtin_prefetch(weights + (r + kAhead) * columns + column, 0, 2);
-    for (int64_t i = 0; i < kPerLine; i += kStep) add(column + i);
+  int64_t column = first * kStep;
+  for (; column + kBlock <= columns; column += kBlock) {
+    if (first == 0)
+      for (int r = 0; r < kRows; ++r)
+        for (int64_t i = 0; i < kBlock; i += kPerLine) __builtin_prefetch(weights + r * columns + column + i + kAhead);
+#pragma GCC unroll 4
+    for (int i = 0; i < kTogether; ++i) add(column + i * kStep, i);
   }
-  for (; column < columns; column += kStep) add(column);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
+  for (int i = 0; i < kTogether; ++i)
+    if (column + i * kStep < columns) add(column + i * kStep, i);
+  std::memcpy(total + first, sums, sizeof sums);
+}
+
+// out[b * out_stride + r] = sum_c weights[r, c] x[b, c] for kRows rows and kBatch vectors; columns is a multiple of 32.
+template <Storage kStorage, int kRows, int kBatch>
+inline void dot_rows(const Stored<kStorage>* weights, const float* x, int64_t columns, float* out, int64_t out_stride) {
+  // More sums than registers: one after the other, over rows that are in the first cache by then.
+  constexpr int kTogether = kRows * kBatch <= 2 ? kSums : 1;
+  Floats total[kSums][kRows][kBatch];
+#pragma GCC unroll 4
+  for (int first = 0; first < kSums; first += kTogether)
+    add_products<kStorage, kRows, kBatch, kTogether>(weights, x, columns, first, total);
+#pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-    for (int b = 0; b < kBatch; ++b) out[b * out_stride + r] = sum<float>(total[r][b]);
+    for (int b = 0; b < kBatch; ++b)
+      out[b * out_stride + r] = sum<float>((total[0][r][b] + total[1][r][b]) + (total[2][r][b] + total[3][r][b]));
 }
 
 // out[c] += sum_r x[r] weights[r * stride + c]: rows of a matrix stored [in, out]; any number of columns.
@@ -134,8 +155,8 @@ inline void add_rows(const Matrix& matrix, int64_t first_row, int64_t rows, int6
 // Rows of one piece of work: of the order of kItemBytes, by the matrix's shape alone.
 inline int64_t item_rows(const Matrix& matrix) {
   static constexpr int64_t kBytes[] = {4, 2, 2, 1};
-  const int64_t rows = kItemBytes / (matrix.columns * kBytes[int(matrix.storage)]) / kRowBlock * kRowBlock;
-  return std::clamp(rows, kRowBlock, kMaxItemRows);
+  const int64_t rows = kItemBytes / (matrix.columns * kBytes[int(matrix.storage)]) / kRowsMultiple * kRowsMultiple;
+  return std::clamp(rows, kRowsMultiple, kMaxItemRows);
 }
 
 inline int64_t items_of(const Matrix& matrix) { return (matrix.rows + item_rows(matrix) - 1) / item_rows(matrix); }
@@ -143,7 +164,9 @@ inline int64_t items_of(const Matrix& matrix) { return (matrix.rows + item_rows(
 // Rows first, first + 1, ... of one storage and kBatch vectors.
 template <Storage kStorage, int kBatch>
 inline void dot_item(const Matrix& matrix, int64_t first, int64_t rows, const float* x, float* out) {
-  constexpr int kRows = kRowBlock / kBatch;
+  // One stream from its beginning to its end is what memory reads fastest; with many vectors arithmetic is the limit,
+  // and every load has to serve several products.
+  constexpr int kRows = kBatch == 4 ? 2 : 1;
   const auto* weights = static_cast<const Stored<kStorage>*>(matrix.data) + first * matrix.columns;
   int64_t row = 0;
   for (; row + kRows <= rows; row += kRows)
