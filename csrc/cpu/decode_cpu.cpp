@@ -32,14 +32,16 @@ Tensor step(const Tensor& x, TensorList weights, TensorList scales, Tensor att_s
   const DecodeParams& p = call.params;
   if (!p.batch || !p.vocabulary) return call.logits;
   const auto [decode, wkv_kernels] = kernels();
+  // All of it now: a failure inside the step would leave the state half updated.
+  const int64_t shared = decode.scratch_floats(p), own = decode.member_floats(p), threads = thread_count();
   const std::unique_ptr<float, void (*)(void*)> scratch(
-      static_cast<float*>(std::aligned_alloc(64, size_t(decode.scratch_floats(p)) * sizeof(float))), std::free);
+      static_cast<float*>(std::aligned_alloc(64, size_t(shared + threads * own) * sizeof(float))), std::free);
   if (!scratch) throw std::bad_alloc();
   Crew crew(decode.stages(p));
   // Every thread that comes joins the crew once, however the loop deals out its numbers.
-  parallel_for(thread_count(), 1, [&](int64_t, int64_t) {
+  parallel_for(threads, 1, [&](int64_t number, int64_t) {
     const FlushDenormals flush;
-    decode.run(p, wkv_kernels, scratch.get(), CrewMember(crew));
+    decode.run(p, wkv_kernels, scratch.get(), scratch.get() + shared + number * own, CrewMember(crew));
   });
   return call.logits;
 }

@@ -11,7 +11,7 @@ namespace {
 #include "cpu/decode_vector.h"
 #include "cpu/decode_token.h"
 
-constexpr DecodeKernels decode_kernels() { return {scratch_floats, stages_of, run_token}; }
+constexpr DecodeKernels decode_kernels() { return {scratch_floats, member_floats, stages_of, run_token}; }
 
 }  // namespace
 }  // namespace rwkv::RWKV_ISA

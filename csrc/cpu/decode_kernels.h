@@ -8,9 +8,10 @@
 namespace rwkv {
 
 struct DecodeKernels {
-  int64_t (*scratch_floats)(const DecodeParams&);  // how much memory a token needs between its stages
+  int64_t (*scratch_floats)(const DecodeParams&);  // how much memory a token needs between its stages,
+  int64_t (*member_floats)(const DecodeParams&);   // and how much each member of the crew for itself
   int64_t (*stages)(const DecodeParams&);
-  void (*run)(const DecodeParams&, const WkvKernels&, float* scratch, CrewMember);
+  void (*run)(const DecodeParams&, const WkvKernels&, float* scratch, float* own, CrewMember);
 };
 
 extern const DecodeKernels kDecodeGeneric;

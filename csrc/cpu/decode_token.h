@@ -19,7 +19,7 @@ struct Buffers {
     const int64_t attention = p.heads * p.head_size;
     const auto take = [&](int64_t size) {
       float* piece = base + count;
-      count += (p.batch * size + 15) / 16 * 16;
+      count += padded(p.batch * size, 16);
       return piece;
     };
     x = take(p.width), h = take(p.width), difference = take(p.width);
@@ -33,6 +33,12 @@ struct Buffers {
 
 inline int64_t scratch_floats(const DecodeParams& p) { return Buffers(p, nullptr).count; }
 
+inline int64_t low_floats(const DecodeParams& p) {
+  return padded(std::max(p.layer->mix_up.rows / kMixes, p.layer->decay_up.rows), 16);
+}
+
+inline int64_t member_floats(const DecodeParams& p) { return low_floats(p) + padded(p.head_size, 16); }
+
 // What becomes of a product's rows.
 enum class Finish { kStore, kSquaredRelu, kSigmoid, kAdd, kAddGated, kLogits };
 
@@ -45,12 +51,9 @@ struct Product {
 
 class Token {
  public:
-  Token(const DecodeParams& params, const WkvKernels& wkv, float* scratch, CrewMember crew)
-      : p_(params), wkv_(wkv), attention_(p_.heads * p_.head_size), buffers_(params, scratch), crew_(crew),
-        own_memory_(own_floats()) {
-    low_ = own_memory_.take(low_floats());
-    omega_ = own_memory_.take(p_.head_size);
-  }
+  Token(const DecodeParams& params, const WkvKernels& wkv, float* scratch, float* own, CrewMember crew)
+      : p_(params), wkv_(wkv), attention_(p_.heads * p_.head_size), buffers_(params, scratch), crew_(crew), low_(own),
+        omega_(own + low_floats(params)) {}
 
   void run() {
     crew_.work(p_.batch, [&](int64_t b) {
@@ -286,25 +289,17 @@ class Token {
                                          : storage == Storage::kFloat16 ? Dtype::kFloat16 : Dtype::kFloat32;
   }
 
-  int64_t low_floats() const {
-    const int64_t rank = std::max(p_.layer->mix_up.rows / kMixes, p_.layer->decay_up.rows);
-    return (rank + 15) / 16 * 16;
-  }
-
-  int64_t own_floats() const { return low_floats() + (p_.head_size + 15) / 16 * 16; }
-
   const DecodeParams& p_;
   const WkvKernels& wkv_;
   const int64_t attention_;
   const Buffers buffers_;
   CrewMember crew_;
-  Scratch<float> own_memory_;  // this member's own, for one item
-  float *low_, *omega_;
+  float *const low_, *const omega_;  // this member's own, for one item
 };
 
 // The same count on every path through Token::run.
 inline int64_t stages_of(const DecodeParams& p) { return 3 + p.layers * (p.finch ? 9 : 7); }
 
-inline void run_token(const DecodeParams& params, const WkvKernels& wkv, float* scratch, CrewMember crew) {
-  Token(params, wkv, scratch, crew).run();
+inline void run_token(const DecodeParams& params, const WkvKernels& wkv, float* scratch, float* own, CrewMember crew) {
+  Token(params, wkv, scratch, own, crew).run();
 }
