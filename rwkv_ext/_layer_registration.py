@@ -121,6 +121,10 @@ _DIFFERENTIABLE = {
 }
 
 
+# These ops are private, so what fails is a model or its loss.
+_INSTEAD_OF_VMAP = "give the model a batch axis B instead, or the loss all tokens at once"
+
+
 def _autocast(op, cast):
     keys = DispatchKeySet(AUTOCAST_KEYS["cpu"])
     names = [argument.name for argument in op._schema.arguments]
@@ -140,15 +144,23 @@ def _autocast(op, cast):
     return cast_and_call
 
 
+def _refuse_vmap(name):
+    torch.library.register_vmap(f"rwkv_ext::{name}", refuse(name, "torch.vmap is", _INSTEAD_OF_VMAP))
+
+
 def _register(library):
     torch.library.register_fake("rwkv_ext::cross_entropy_rows", _cross_entropy_rows_fake)
     torch.library.register_fake("rwkv_ext::accumulate", lambda total, part, first: None)
+    for name in ("cross_entropy_rows", "accumulate"):
+        _refuse_vmap(name)
     for name, (fake, backward_fake, save, gradient, cast) in _DIFFERENTIABLE.items():
         forward, backward = f"rwkv_ext::{name}", f"rwkv_ext::{name}_backward"
         torch.library.register_fake(forward, fake)
         torch.library.register_fake(backward, backward_fake)
         torch.library.register_autograd(forward, gradient, setup_context=save)
         torch.library.register_autograd(backward, refuse(name, "second derivatives are", "differentiate once"))
+        _refuse_vmap(name)
+        _refuse_vmap(f"{name}_backward")
         overload = getattr(torch.ops.rwkv_ext, name).default
         library.impl(name, _autocast(overload, cast), AUTOCAST_KEYS["cpu"].name)
 

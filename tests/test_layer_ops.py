@@ -235,6 +235,29 @@ def test_autocast(case):
     assert all(x.dtype == torch.float64 for x in double)
 
 
+VMAPPED = {
+    "cross_entropy_rows": lambda x: ops.cross_entropy_rows(x, torch.zeros(3, dtype=torch.int64), 0.0, False),
+    "accumulate": lambda x: ops.accumulate(x, x, False),
+    "shift_mix": lambda x: ops.shift_mix(x[None], None, x, [], None, False),
+    "shift_mix_backward": lambda x: ops.shift_mix_backward([x[None]] * 3, x[None], None, x, [], None, False),
+    "head_norm_gate": lambda x: ops.head_norm_gate(x[None], x.flatten(), x.flatten(), x.flatten()[None], 0.0),
+    "head_norm_gate_backward": lambda x: ops.head_norm_gate_backward(
+        x.flatten()[None], x[None], x.flatten(), x.flatten(), x.flatten()[None], 0.0
+    ),
+    "squared_relu": lambda x: ops.squared_relu(x),
+    "squared_relu_backward": lambda x: ops.squared_relu_backward(x, x),
+    "sigmoid_gate": lambda x: ops.sigmoid_gate(x, x),
+    "sigmoid_gate_backward": lambda x: ops.sigmoid_gate_backward(x, x, x),
+}
+
+
+@pytest.mark.parametrize("name", VMAPPED)
+def test_vmap_is_refused(name):
+    VMAPPED[name](randn(3, 4))  # a right call but for the batch
+    with pytest.raises(NotImplementedError, match=f"^{name}: torch.vmap is not implemented; give the model a batch"):
+        torch.vmap(VMAPPED[name])(randn(2, 3, 4))
+
+
 def test_nan_stays_in_its_row():
     x = randn(6, 2, 19, dtype=torch.float32)
     inputs = head_norm_inputs(torch.float32, rows=6)

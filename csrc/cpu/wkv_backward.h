@@ -138,7 +138,7 @@ class BackwardSequence {
     if (p_.dstate) store_keys_from_lanes(static_cast<T*>(p_.dstate) + at, adjoint_, size_, columns_.count, width_);
   }
 
-  // After run() of all columns, in another call.
+  // After run() of all columns, in another call that has none of them.
   void finish() {
     for (int64_t chunk = chunks_of(at_.tokens) - 1; chunk >= 0; --chunk) {
       load_decays(chunk);

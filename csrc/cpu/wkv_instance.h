@@ -39,8 +39,9 @@ void backward(const WkvBackwardParams& params, const Sequence& sequence, int64_t
 }
 
 void finish_backward(const WkvBackwardParams& params, const Sequence& sequence, int64_t head) {
+  constexpr Columns kNone = {0, 0};  // what is left touches no state: memory for none
   for_instance(params.shape, [&](auto real, auto size) {
-    BackwardSequence<decltype(real), size()>(params, sequence, head, Columns{0, params.shape.head_size}).finish();
+    BackwardSequence<decltype(real), size()>(params, sequence, head, kNone).finish();
   });
 }
 
