@@ -77,6 +77,18 @@ def test_nan_and_infinity_stay_in_their_rows(dtype):
         assert torch.equal(loss[row], expected[row]) and torch.equal(logits[row], clean[row])
 
 
+def test_the_first_of_several_largest():
+    """Wherever it lies: before a block of vectors ends, in the next one, in single vectors, in the rest of a row."""
+    for vocab in (5, 40, 300, 1000):
+        for first in {0, 1, 4, 37, 255, 256, 290, 511, 512, 991, 999} & set(range(vocab)):
+            logits = torch.zeros(1, vocab)
+            logits[0, first :: 3] = 2.0
+            gradient, plain = logits.clone(), logits.clone()
+            op(gradient, torch.tensor([0]), 1.0, True)
+            op(plain, torch.tensor([0]), 0.0, True)
+            assert (gradient - plain).nonzero().tolist() == [[0, first]]
+
+
 def test_large_logits_do_not_overflow():
     logits = torch.tensor([[3e4, -3e4, 2.9e4], [-3e4, -3e4, -3e4]])
     loss = op(logits, torch.tensor([1, 2]), 0.0, True)

@@ -28,6 +28,10 @@ inline Largest<Real<E>> largest_of(const E* z, int64_t size) {
     const Lanes<T> all = larger_of(larger_of(most[0], most[1]), larger_of(most[2], most[3]));
     if (any_above<T>(all, found.value)) look(at, all);
   }
+  for (; at + kLanes<T> <= size; at += kLanes<T>) {
+    const Lanes<T> x = get(z, Whole{at});
+    if (any_above<T>(x, found.value)) look(at, x);
+  }
   for (; at < size; ++at)
     if (get_one(z + at) > found.value) found = {get_one(z + at), at};
   return found;
@@ -35,8 +39,11 @@ inline Largest<Real<E>> largest_of(const E* z, int64_t size) {
 
 template <class E>
 inline int64_t first_place_of(const E* z, int64_t size, Largest<Real<E>> largest) {
-  for (int64_t i = largest.from; i < size; ++i)
-    if (get_one(z + i) == largest.value) return i;
+  using T = Real<E>;
+  int64_t at = largest.from;
+  while (at + kLanes<T> <= size && !any_equal<T>(get(z, Whole{at}), largest.value)) at += kLanes<T>;
+  for (; at < size; ++at)
+    if (get_one(z + at) == largest.value) return at;
   return 0;  // a row of NaN
 }
 
@@ -47,17 +54,24 @@ void cross_entropy_row(const CrossEntropyParams& p, int64_t row, Real<E>* exps) 
   const int64_t target = p.targets[row];
   const Largest<T> found = largest_of(z, p.vocab);
   const T largest = found.value, picked = get_one(z + target);
-  Lanes<T> sums = {};
-  T rest = 0;
-  for_lanes<T>(p.vocab, [&](auto place) {
+  const auto exponentials = [&](auto place) {
     const Lanes<T> e = exp_of_at_most_0(get(z, place) - largest);
     put(exps, place, e);
-    if constexpr (std::is_same_v<decltype(place), Whole>)
-      sums += e;
-    else
-      for (int64_t i = 0; i < place.count; ++i) rest += e[i];
-  });
-  const T total = sum<T>(sums) + rest;
+    return e;
+  };
+  constexpr int64_t kTogether = 4;  // sums that do not wait for each other
+  Lanes<T> sums[kTogether] = {};
+  int64_t i = 0;
+  for (; i + kTogether * kLanes<T> <= p.vocab; i += kTogether * kLanes<T>)
+#pragma GCC unroll 4
+    for (int64_t n = 0; n < kTogether; ++n) sums[n] += exponentials(Whole{i + n * kLanes<T>});
+  for (; i + kLanes<T> <= p.vocab; i += kLanes<T>) sums[0] += exponentials(Whole{i});
+  T rest = 0;
+  if (i < p.vocab) {
+    const Lanes<T> e = exponentials(Rest{i, p.vocab - i});
+    for (int64_t lane = 0; lane < p.vocab - i; ++lane) rest += e[lane];
+  }
+  const T total = sum<T>((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
   static_cast<T*>(p.loss)[row] = (largest - picked) + std::log(total);
   if (!p.overwrite) return;
   const int64_t at = p.l2wrap != 0 ? first_place_of(z, p.vocab, found) : 0;

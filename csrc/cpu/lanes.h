@@ -137,18 +137,28 @@ inline V larger_of(V a, V b) {
 }
 #endif
 
-// Whether a lane is larger than bound; NaN is not.
+// Whether any lane of a comparison's result, each 0 or -1, is set.
+template <class T>
+inline bool any_of(typename LaneTypes<T>::Bits found) {
+#if RWKV_LANE_BYTES == 64
+  return _mm512_test_epi32_mask((__m512i)found, (__m512i)found) != 0;
+#elif RWKV_LANE_BYTES == 32
+  return !_mm256_testz_si256((__m256i)found, (__m256i)found);
+#else
+  bool any = false;
+  for (int64_t lane = 0; lane < kLanes<T>; ++lane) any |= found[lane] != 0;
+  return any;
+#endif
+}
+
+// Whether a lane is larger than bound, or equal to value; NaN is neither.
 template <class T>
 inline bool any_above(Lanes<T> x, T bound) {
-#if RWKV_LANE_BYTES == 64
-  if constexpr (std::is_same_v<T, float>) return _mm512_cmp_ps_mask(x, broadcast(bound), _CMP_GT_OQ) != 0;
-#elif RWKV_LANE_BYTES == 32
-  if constexpr (std::is_same_v<T, float>)
-    return _mm256_movemask_ps(_mm256_cmp_ps(x, broadcast(bound), _CMP_GT_OQ)) != 0;
-#endif
-  bool any = false;
-  for (int64_t lane = 0; lane < kLanes<T>; ++lane) any |= x[lane] > bound;
-  return any;
+  return any_of<T>(x > broadcast(bound));
+}
+template <class T>
+inline bool any_equal(Lanes<T> x, T value) {
+  return any_of<T>(x == broadcast(value));
 }
 
 // p * 2^n for whole n from -127 to 128, where 2^-127 may count as 0 and 2^128 as infinity.
