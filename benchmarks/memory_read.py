@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from rwkv_ext.checkpoint.large_pages import copy_in_large_pages
+
 _SOURCE = """
 #include <string.h>
 typedef long long Lanes __attribute__((vector_size(64)));
@@ -27,7 +29,7 @@ long long read_all(const char* from, long long bytes) {
 
 
 class MemoryRead:
-    """A buffer much larger than the caches, in memory as torch gives it; calling reads it once.
+    """A buffer much larger than the caches, in large pages as a loaded model's weights are; calling reads it once.
 
     bytes   what one call reads
     """
@@ -42,7 +44,7 @@ class MemoryRead:
         self._read.argtypes, self._read.restype = (ctypes.c_void_p, ctypes.c_longlong), ctypes.c_longlong
         share = megabytes * 2**20 // threads // 256 * 256
         self.bytes = share * threads
-        self._buffer = torch.ones(self.bytes // 8, dtype=torch.int64)
+        self._buffer = copy_in_large_pages(torch.ones(self.bytes // 8, dtype=torch.int64), torch.int64)
         self._expected = self.bytes // 8
         self._parts = [(self._buffer.data_ptr() + i * share, share) for i in range(threads)]
         self._pool = ThreadPoolExecutor(threads)

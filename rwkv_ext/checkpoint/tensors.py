@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .large_pages import copy_in_large_pages
+
 
 class MappedTensors(dict[str, Tensor]):
     """Tensors whose memory is the pages of the files they lie in; release() gives those pages back once read."""
@@ -86,7 +88,10 @@ def release(tensors: Mapping[str, Tensor], name: str) -> None:
 def cast(name: str, x: Tensor, dtype: torch.dtype, device: torch.device | str, copy: bool = False) -> Tensor:
     """Return x in dtype on device, row-major; ValueError where a finite value overflows, as large ones do in fp16."""
     x = x.detach()
-    result = x.to(device=device, dtype=dtype, copy=copy, memory_format=torch.contiguous_format)
+    if copy and x.is_cpu and torch.device(device).type == "cpu":
+        result = copy_in_large_pages(x, dtype)
+    else:
+        result = x.to(device=device, dtype=dtype, copy=copy, memory_format=torch.contiguous_format)
     if dtype == torch.float16 and x.dtype != dtype and result.numel() and not result.is_meta:
         # The extremes alone (NaN, if any): isfinite() would need twice the tensor's memory.
         if _has_infinity(result) and not _has_infinity(x):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.large_pages import copy_in_large_pages
 from ..checkpoint.tensors import cast, release
 from ..matrix_product import linear
 from .projection import Projection
@@ -30,7 +31,8 @@ class QuantizedRows(NamedTuple):
         """Quantise; ValueError naming the matrix where it holds NaN or infinity, which no integer stands for."""
         scale = _largest(name, matrix) / 127
         integers = matrix.detach() / torch.where(scale > 0, scale, 1).unsqueeze(1)
-        return cls(integers.round_().clamp_(-127, 127).to(torch.int8), scale)
+        integers.round_().clamp_(-127, 127)
+        return cls(copy_in_large_pages(integers, torch.int8) if integers.is_cpu else integers.to(torch.int8), scale)
 
 
 class QuantizedProjection(nn.Module):
