@@ -11,11 +11,15 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from common import header, measure, table
+from common import ROOT, header, measure, table
 
 from rwkv_ext import RWKV, RWKVConfig, _layer_registration, linear_cross_entropy, wkv5, wkv6
 from rwkv_ext.host_memory import keep_freed_memory
 from rwkv_ext.matrix_product import linear
+
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+from train.optim import clipped_step, gradient_norm  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -54,8 +58,7 @@ class Step:
 
     def __call__(self):
         self.loss().backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        clipped_step(self.optimizer, gradient_norm(self.model).item(), 1.0)
         self.optimizer.zero_grad()
 
 

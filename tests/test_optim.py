@@ -5,7 +5,14 @@ import torch
 
 from rwkv_ext.models import RWKV, RWKVConfig
 from train.config import OptimTable
-from train.optim import group_of, make_optimizer, materialise_state, set_learning_rate
+from train.optim import (
+    clipped_step,
+    gradient_norm,
+    group_of,
+    make_optimizer,
+    materialise_state,
+    set_learning_rate,
+)
 
 TABLE = OptimTable(lr=1e-3, lr_final=1e-4, weight_decay=0.1)
 EXPECTED = {
@@ -91,3 +98,28 @@ def test_optim_materialised_state_is_adamws_own():
         kinds = {key: value.dtype for key, value in optimizer.state[model.emb.weight].items()}
         assert kinds == {"step": torch.float32, "exp_avg": torch.float32, "exp_avg_sq": torch.float32}
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.5, 1e6], ids=["none", "longer", "shorter"])
+def test_optim_clipped_step(limit):
+    """Weights and moments are those of torch's clipping and a step; the scale is gone afterwards."""
+    models = [tiny("6.0") for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [make_optimizer(model, TABLE) for model in models]
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        norm = gradient_norm(models[0])
+        clipped_step(optimizers[0], norm.item(), limit)
+        expected = torch.nn.utils.clip_grad_norm_(models[1].parameters(), limit or float("inf"))
+        optimizers[1].step()
+        torch.testing.assert_close(norm, expected)
+        assert 0.5 < norm < 1e6 and getattr(optimizers[0], "grad_scale", None) is None
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=3e-7)
+        for kind in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(
+                optimizers[0].state[a][kind], optimizers[1].state[b][kind], rtol=1e-5, atol=1e-9
+            )

@@ -17,7 +17,7 @@ from train.display import Display, Reading
 from train.distributed import Ranks, reshard, sum_gradients
 from train.interrupt import Interrupt
 from train.metrics import MetricsLog
-from train.optim import set_learning_rate
+from train.optim import clipped_step, gradient_norm, set_learning_rate
 from train.plot import draw_loss
 from train.schedule import learning_rate, steps_that_fit
 
@@ -58,7 +58,7 @@ class Run:
 
 def train_step(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.AdamW,
     batches: list[Batch],
     step: int,
     step_tokens: int,
@@ -82,14 +82,13 @@ def train_step(
         (loss * share).backward()
         losses.append(loss.detach().double() * share)
     sum_gradients(model, ranks)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+    norm = gradient_norm(model).item()
     local = torch.stack(losses).tolist()
     loss, signals = ranks.sum([sum(local), signal()])
     if not (math.isfinite(loss) and math.isfinite(norm)):
         optimizer.zero_grad()
         raise FloatingPointError(_not_finite(step, loss, norm, local, batches, ranks))
-    optimizer.step()
+    clipped_step(optimizer, norm, grad_clip)
     optimizer.zero_grad()
     return loss, norm, signals
 

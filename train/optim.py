@@ -51,6 +51,32 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["lr_scale"]
 
 
+def gradient_norm(model: nn.Module) -> torch.Tensor:
+    """Return the norm of all gradients together, over all ranks where they are sharded."""
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def clipped_step(optimizer: torch.optim.AdamW, norm: float, limit: float) -> None:
+    """Take a step on gradients shortened from norm, which is finite, to limit where it is longer; limit 0 is none.
+
+    On a CPU the fused step divides them as it reads them: a pass of its own over all gradients takes a quarter of the
+    step's time. Like gradient scaling for fp16, this needs an optimizer made with fused=True.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not limit or norm <= limit:
+        optimizer.step()
+    elif all(p.is_cpu and not hasattr(p, "full_tensor") for p in parameters):
+        optimizer.grad_scale = torch.tensor(norm / limit)
+        try:
+            optimizer.step()
+        finally:
+            optimizer.grad_scale = None
+    else:
+        nn.utils.clip_grads_with_norm_(parameters, limit, torch.tensor(norm, device=parameters[0].device))
+        optimizer.step()
+
+
 def materialise_state(optimizer: torch.optim.AdamW) -> None:
     """Create the moments that AdamW would create in its first step, so that a checkpoint can be loaded into them."""
     for group in optimizer.param_groups:
