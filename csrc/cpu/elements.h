@@ -57,7 +57,20 @@ inline Words words_of(const void* from) {
   return __builtin_convertvector(halves, Words);
 }
 
+#if RWKV_LANE_BYTES == 64
+// Permutations of words: lane n's upper half from word n, and back.
+inline constexpr int16_t kToUpperHalves[32] = {0, 0, 0, 1, 0, 2,  0, 3,  0, 4,  0, 5,  0, 6,  0, 7,
+                                               0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15};
+inline constexpr int16_t kUpperHalves[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                             33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+
+inline Lanes<float> widened(const BFloat16* from) {
+  const __m512i row = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)from));
+  return (Lanes<float>)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, _mm512_loadu_si512(kToUpperHalves), row);
+}
+#else
 inline Lanes<float> widened(const BFloat16* from) { return bits_as<Lanes<float>>(words_of(from) << 16); }
+#endif
 
 #if RWKV_LANE_BYTES == 64
 inline Lanes<float> widened(const Float16* from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); }
@@ -85,10 +98,24 @@ inline void store_halves(void* to, Words words) {
   std::memcpy(to, &halves, sizeof halves);
 }
 
-inline void narrow(BFloat16* to, Lanes<float> x) {  // to nearest, ties to even
+// To nearest, ties to even.
+#if RWKV_LANE_BYTES == 64
+inline void narrow(BFloat16* to, Lanes<float> x) {
+  const __m512i bits = (__m512i)x;
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  __m512i rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  rounded = _mm512_mask_add_epi32(rounded, odd, bits, _mm512_set1_epi32(0x8000));
+  rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+  const __m512i halves = _mm512_permutexvar_epi16(_mm512_loadu_si512(kUpperHalves), rounded);
+  _mm256_storeu_si256((__m256i*)to, _mm512_castsi512_si256(halves));
+}
+#else
+inline void narrow(BFloat16* to, Lanes<float> x) {
   const Words bits = bits_as<Words>(x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   store_halves(to, x != x ? Words{} + 0x7fc0 : rounded);
 }
+#endif
 
 #if RWKV_LANE_BYTES == 64
 inline void narrow(Float16* to, Lanes<float> x) {

@@ -175,42 +175,65 @@ inline Lanes<float> times_power_of_two(Lanes<float> p, Lanes<float> n) {
 }
 
 // x = n ln 2 + f with n whole and |f| <= ln 2 / 2, and exp(f) - 1 = f + f^2 q(f), where q is the best polynomial of its
-// degree (3e-9 of exp(f)). x must lie in -88 .. 89 or be NaN.
-struct ReducedExponent {
-  Lanes<float> n, exp_minus_1;
+// degree (3e-9 of exp(f)). x must lie in -88 .. 89 or be NaN. One exponential is a chain of operations that each wait
+// for the last: kMany of them go side by side, step by step.
+template <int kMany>
+struct ReducedExponents {
+  Lanes<float> n[kMany], exp_minus_1[kMany];
+
+  [[gnu::always_inline]] explicit ReducedExponents(const Lanes<float> (&x)[kMany]) {
+    const Lanes<float> magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    Lanes<float> f[kMany], q[kMany];
+    const auto each = [](auto step) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+      for (int m = 0; m < kMany; ++m) step(m);
+    };
+    each([&](int m) __attribute__((always_inline)) { n[m] = multiply_add(x[m], broadcast(1.44269504f), magic); });
+    each([&](int m) __attribute__((always_inline)) { n[m] = n[m] - magic; });
+    each([&](int m) __attribute__((always_inline)) { f[m] = multiply_add(n[m], broadcast(-0.693359375f), x[m]); });
+    each([&](int m) __attribute__((always_inline)) { f[m] = multiply_add(n[m], broadcast(2.12194440e-4f), f[m]); });
+    const auto horner = [&](float coefficient) __attribute__((always_inline)) {
+      each([&](int m) __attribute__((always_inline)) { q[m] = multiply_add(q[m], f[m], broadcast(coefficient)); });
+    };
+    each([&](int m) __attribute__((always_inline)) { q[m] = broadcast(1.381446724e-3f); });
+    horner(8.368780836e-3f);
+    horner(4.166839272e-2f);
+    horner(1.666651964e-1f);
+    horner(4.999999404e-1f);
+    each([&](int m) __attribute__((always_inline)) { exp_minus_1[m] = multiply_add(q[m], f[m] * f[m], f[m]); });
+  }
 };
 
-inline ReducedExponent reduced_exponent(Lanes<float> x) {
-  using F = Lanes<float>;
-  const F magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const F n = multiply_add(x, broadcast(1.44269504f), magic) - magic;
-  const F f = multiply_add(n, broadcast(2.12194440e-4f), multiply_add(n, broadcast(-0.693359375f), x));
-  F q = broadcast(1.381446724e-3f);
-  q = multiply_add(q, f, broadcast(8.368780836e-3f));
-  q = multiply_add(q, f, broadcast(4.166839272e-2f));
-  q = multiply_add(q, f, broadcast(1.666651964e-1f));
-  q = multiply_add(q, f, broadcast(4.999999404e-1f));
-  return {n, multiply_add(q, f * f, f)};
+// exp(x) to less than 1 ulp, half an ulp near 1, where memories are long. Overflows to inf somewhere from 88.4 to
+// 88.8, is 0 where the result would be denormal, keeps NaN. kAtMost0: no x is positive.
+template <bool kAtMost0 = false, int kMany>
+[[gnu::always_inline]] inline void exp_all(Lanes<float> (&x)[kMany]) {
+#pragma GCC unroll 16
+  for (int m = 0; m < kMany; ++m) x[m] = at_least(kAtMost0 ? x[m] : at_most(x[m], 88.9f), -88.0f);
+  const ReducedExponents<kMany> reduced(x);
+#pragma GCC unroll 16
+  for (int m = 0; m < kMany; ++m) x[m] = times_power_of_two(reduced.exp_minus_1[m] + 1.0f, reduced.n[m]);
 }
 
-// exp(x) to less than 1 ulp, half an ulp near 1, where memories are long. Overflows to inf somewhere from 88.4 to
-// 88.8, is 0 where the result would be denormal, keeps NaN.
 inline Lanes<float> exp_of(Lanes<float> x) {
-  const ReducedExponent reduced = reduced_exponent(at_least(at_most(x, 88.9f), -88.0f));
-  return times_power_of_two(reduced.exp_minus_1 + 1.0f, reduced.n);
+  Lanes<float> one[1] = {x};
+  exp_all(one);
+  return one[0];
 }
 
 // The same for x <= 0 or NaN.
 inline Lanes<float> exp_of_at_most_0(Lanes<float> x) {
-  const ReducedExponent reduced = reduced_exponent(at_least(x, -88.0f));
-  return times_power_of_two(reduced.exp_minus_1 + 1.0f, reduced.n);
+  Lanes<float> one[1] = {x};
+  exp_all<true>(one);
+  return one[0];
 }
 
-// exp(x) - 1, to an ulp or two near 0 as well; x as for reduced_exponent().
+// exp(x) - 1, to an ulp or two near 0 as well; x as for ReducedExponents.
 inline Lanes<float> exp_minus_1_of(Lanes<float> x) {
-  const ReducedExponent reduced = reduced_exponent(x);
-  const Lanes<float> scale = times_power_of_two(broadcast(1.0f), reduced.n);
-  return multiply_add(scale, reduced.exp_minus_1, scale - 1.0f);
+  const Lanes<float> one[1] = {x};
+  const ReducedExponents<1> reduced(one);
+  const Lanes<float> scale = times_power_of_two(broadcast(1.0f), reduced.n[0]);
+  return multiply_add(scale, reduced.exp_minus_1[0], scale - 1.0f);
 }
 
 inline Lanes<double> exp_of(Lanes<double> x) {
@@ -218,3 +241,8 @@ inline Lanes<double> exp_of(Lanes<double> x) {
   return x;
 }
 inline Lanes<double> exp_of_at_most_0(Lanes<double> x) { return exp_of(x); }
+
+template <bool = false, int kMany>
+inline void exp_all(Lanes<double> (&x)[kMany]) {
+  for (int m = 0; m < kMany; ++m) x[m] = exp_of(x[m]);
+}

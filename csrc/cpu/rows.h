@@ -13,23 +13,42 @@ inline char* element(const View& view, int64_t row, int64_t token, int64_t head)
   return static_cast<char*>(view.data) + offset * bytes_of(view.dtype);
 }
 
-// To and from memory of any dtype that is computed in T.
+// Rows of `size` elements that lie `step` bytes apart, of any dtype that is computed in T, to and from rows of T that
+// lie `stride` elements apart.
 template <class T>
-[[gnu::always_inline]] inline void load_row(T* to, const void* memory, Dtype dtype, int64_t size) {
+[[gnu::always_inline]] inline void load_rows(T* to, int64_t stride, const char* from, int64_t step, int64_t rows,
+                                             Dtype dtype, int64_t size) {
   for_element(dtype, [&](auto element) __attribute__((always_inline)) {
     using E = decltype(element);
     if constexpr (std::is_same_v<Real<E>, T>)
-      for_lanes<T>(size, [&](auto place) { put(to, place, get(static_cast<const E*>(memory), place)); });
+      for (int64_t row = 0; row < rows; ++row)
+        for_lanes<T>(size, [&](auto place) __attribute__((always_inline)) {
+          put(to + row * stride, place, get(reinterpret_cast<const E*>(from + row * step), place));
+        });
   });
 }
 
 template <class T>
-[[gnu::always_inline]] inline void store_row(const T* from, void* memory, Dtype dtype, int64_t size) {
+[[gnu::always_inline]] inline void store_rows(const T* from, int64_t stride, char* to, int64_t step, int64_t rows,
+                                              Dtype dtype, int64_t size) {
   for_element(dtype, [&](auto element) __attribute__((always_inline)) {
     using E = decltype(element);
     if constexpr (std::is_same_v<Real<E>, T>)
-      for_lanes<T>(size, [&](auto place) { put(static_cast<E*>(memory), place, get(from, place)); });
+      for (int64_t row = 0; row < rows; ++row)
+        for_lanes<T>(size, [&](auto place) __attribute__((always_inline)) {
+          put(reinterpret_cast<E*>(to + row * step), place, get(from + row * stride, place));
+        });
   });
+}
+
+template <class T>
+[[gnu::always_inline]] inline void load_row(T* to, const void* memory, Dtype dtype, int64_t size) {
+  load_rows(to, 0, static_cast<const char*>(memory), 0, 1, dtype, size);
+}
+
+template <class T>
+[[gnu::always_inline]] inline void store_row(const T* from, void* memory, Dtype dtype, int64_t size) {
+  store_rows(from, 0, static_cast<char*>(memory), 0, 1, dtype, size);
 }
 
 template <class T>

@@ -14,84 +14,11 @@
 //
 // A call has all keys and some value columns. d, g and x are summed over kColumnUnit columns at a time and these sums
 // added in their order, so that the result does not depend on how columns are divided. Where they are, run() leaves the
-// sums in params.partial_sums, and finish() does the rest. Included after wkv_forward.h, inside rwkv::RWKV_ISA.
+// sums in params.partial_sums, and finish() does the rest. Included after wkv_backward_panels.h, inside rwkv::RWKV_ISA.
 
 inline constexpr int64_t kChunkBlocks = kChunkTokens / kBlock;
 inline constexpr int64_t kSumTokens = 16;
 inline constexpr int kSums = 2 * kBlock + 1;  // d_t, g_t and x of a block
-
-// Some columns of a state or adjoint [key i][value j] to [panel][j][lanes], width >= columns of them, and back.
-template <class T>
-inline void load_keys_in_lanes(T* to, const T* from, int64_t size, int64_t stride, int64_t columns, int64_t width) {
-  std::memset(to, 0, size_t(stride * width) * sizeof(T));
-  for (int64_t i = 0; i < size; ++i) {
-    T* lane = to + i / kLanes<T> * kLanes<T> * width + i % kLanes<T>;
-    for (int64_t j = 0; j < columns; ++j) lane[j * kLanes<T>] = from[i * size + j];
-  }
-}
-
-template <class T>
-inline void store_keys_from_lanes(T* to, const T* from, int64_t size, int64_t columns, int64_t width) {
-  for (int64_t i = 0; i < size; ++i) {
-    const T* lane = from + i / kLanes<T> * kLanes<T> * width + i % kLanes<T>;
-    for (int64_t j = 0; j < columns; ++j) to[i * size + j] = lane[j * kLanes<T>];
-  }
-}
-
-// The state after a block, one panel of keys.
-template <class T, int kSize>
-inline void next_state(FoldedKeys<T> keys, const T* v, const T* from, T* to, int64_t columns, int64_t stride) {
-  if constexpr (kSize > 0) stride = kSize;
-#pragma GCC unroll 4
-  for (int64_t j = 0; j < columns; ++j, ++v, from += kLanes<T>, to += kLanes<T>) {
-    Lanes<T> next = keys.decay * load<T>(from);
-#pragma GCC unroll 8
-    for (int t = 0; t < kBlock; ++t) next = multiply_add(keys.k[t], broadcast(v[t * stride]), next);
-    store<T>(to, next);
-  }
-}
-
-// One panel of keys and some columns: d, g and x, and G in place.
-template <class T>
-struct PanelSums {
-  Lanes<T> d[kBlock] = {}, g[kBlock] = {}, x = {};
-};
-
-template <class T, int kSize>
-inline PanelSums<T> reverse_panel(const Lanes<T> (&folded_r)[kBlock], Lanes<T> decay, const T* v, const T* dy,
-                                  const T* state, T* adjoint, int64_t columns, int64_t stride) {
-  if constexpr (kSize > 0) stride = kSize;
-  PanelSums<T> sums;
-#pragma GCC unroll 2
-  for (int64_t j = 0; j < columns; ++j, ++v, ++dy, state += kLanes<T>, adjoint += kLanes<T>) {
-    const Lanes<T> old_state = load<T>(state), old_adjoint = load<T>(adjoint);
-    Lanes<T> next = decay * old_adjoint;
-    sums.x = multiply_add(old_state, old_adjoint, sums.x);
-#pragma GCC unroll 8
-    for (int t = 0; t < kBlock; ++t) {
-      const Lanes<T> q = broadcast(dy[t * stride]);
-      sums.d[t] = multiply_add(q, old_state, sums.d[t]);
-      sums.g[t] = multiply_add(broadcast(v[t * stride]), old_adjoint, sums.g[t]);
-      next = multiply_add(q, folded_r[t], next);
-    }
-    store<T>(adjoint, next);
-  }
-  return sums;
-}
-
-// sum_i k~[i] G[i, j] for kLanes columns, `panel` being the first of them in the first panel of keys.
-template <class T, int kSize>
-inline Lanes<T> reverse_values(const T* folded_k, const T* panel, int64_t stride, int64_t width) {
-  if constexpr (kSize > 0) stride = kSize;
-  Lanes<T> products[kLanes<T>] = {};
-  for (int64_t i = 0; i < stride; i += kLanes<T>) {
-    const Lanes<T> k = load<T>(folded_k + i);
-#pragma GCC unroll 16
-    for (int64_t n = 0; n < kLanes<T>; ++n)
-      products[n] = multiply_add(k, load<T>(panel + i * width + n * kLanes<T>), products[n]);
-  }
-  return sums_of<T>(products);
-}
 
 // The rows of a block of tokens.
 template <class T>
@@ -109,12 +36,9 @@ class BackwardSequence {
         whole_(columns.count == size_),
         scratch_((1 + blocks_) * stride_ * width_ + 9 * kBlock * stride_ + BlockKeys<T>::kRows * stride_ +
                  (2 * blocks_ * kBlock + 2 * kBlock + kSums + 4) * stride_),
-        r_(all_keys(params.r), size_, stride_, scratch_),
-        k_(all_keys(params.k), size_, stride_, scratch_), v_(all_keys(params.v), size_, stride_, scratch_),
-        w_(all_keys(params.w), size_, stride_, scratch_), dy_(all_keys(params.dy), size_, stride_, scratch_),
-        dr_(all_keys(params.dr), size_, stride_, scratch_), dk_(all_keys(params.dk), size_, stride_, scratch_),
-        dv_(own_columns(params.dv), columns.count, width_, scratch_),
-        dw_(all_keys(params.dw), size_, stride_, scratch_) {
+        r_(all_keys(params.r)), k_(all_keys(params.k)), v_(all_keys(params.v)), w_(all_keys(params.w)),
+        dy_(all_keys(params.dy)), dr_(all_keys(params.dr)), dk_(all_keys(params.dk)), dv_(own_columns(params.dv)),
+        dw_(all_keys(params.dw)) {
     adjoint_ = scratch_.take_zeros(stride_ * width_);
     states_ = scratch_.take(blocks_ * stride_ * width_);
     keys_.rows = scratch_.take(BlockKeys<T>::kRows * stride_);
@@ -150,28 +74,41 @@ class BackwardSequence {
   }
 
  private:
-  TokenRows all_keys(const View& view) const { return TokenRows(view, at_.row, head_, size_); }
-  TokenRows own_columns(const View& view) const {
-    return TokenRows(narrow(view, columns_.first), at_.row, head_, columns_.count);
+  TokenRows<T, kSize> all_keys(const View& view) { return {view, at_.row, head_, size_, stride_, scratch_}; }
+  TokenRows<T, kSize> own_columns(const View& view) {
+    return {narrow(view, columns_.first), at_.row, head_, columns_.count, width_, scratch_};
   }
 
   int64_t tokens_of(int64_t chunk) const { return smaller(kChunkTokens, at_.tokens - chunk * kChunkTokens); }
   int64_t blocks_of(int64_t chunk) const { return (tokens_of(chunk) + kBlock - 1) / kBlock; }
   int64_t token_of(int64_t chunk, int64_t block) const { return chunk * kChunkTokens + block * kBlock; }
 
-  // Rows beyond the last token: decay 1, as if nothing happened.
+  // The tokens of a block; blocks are gone through from the last to the first.
+  BlockTokens tokens_of(int64_t chunk, int64_t block, int64_t ahead = kPrefetchTokens) const {
+    const int64_t own = token_of(chunk, block);
+    return {at_.first_token + own, smaller(kBlock, at_.tokens - own), own >= ahead ? -ahead : 0};
+  }
+
+  // Slots beyond the last token: decay 1, as if nothing happened.
   void load_decays(int64_t chunk) {
-    const int64_t tokens = tokens_of(chunk), first = at_.first_token + chunk * kChunkTokens;
-    for (int64_t t = 0; t < blocks_of(chunk) * kBlock; ++t) {
-      T *rate = rates_ + t * stride_, *decay = decays_ + t * stride_;
-      if (t >= tokens) {
-        for (int64_t i = 0; i < stride_; ++i) rate[i] = T(0), decay[i] = T(1);
-      } else if (!p_.shape.constant_decay || t == 0) {
-        decay_row(w_.at(0, first + t), rate, decay, stride_);
-      } else {
-        std::memcpy(rate, rates_, size_t(stride_) * sizeof(T));
-        std::memcpy(decay, decays_, size_t(stride_) * sizeof(T));
+    for (int64_t block = 0; block < blocks_of(chunk); ++block) {
+      const BlockTokens tokens = tokens_of(chunk, block, kChunkTokens);
+      for (const auto* rows : {&w_, &k_, &v_}) rows->fetch(tokens);  // what begins with the chunk before
+      const T* w[kBlock];
+      T *rate[kBlock], *decay[kBlock];
+      for (int t = 0; t < kBlock; ++t) {
+        rate[t] = rates_ + (block * kBlock + t) * stride_;
+        decay[t] = decays_ + (block * kBlock + t) * stride_;
       }
+      if (!p_.shape.constant_decay || block == 0) {
+        w_.read(tokens, zeros_, w);
+        decay_rows(w, rate, decay, stride_);
+      } else {
+        std::memcpy(rate[0], rates_, size_t(kBlock * stride_) * sizeof(T));
+        std::memcpy(decay[0], decays_, size_t(kBlock * stride_) * sizeof(T));
+      }
+      for (int64_t t = tokens.count; t < kBlock; ++t)
+        for (int64_t i = 0; i < stride_; ++i) rate[t][i] = T(0), decay[t][i] = T(1);
     }
   }
 
@@ -182,12 +119,10 @@ class BackwardSequence {
                        stride_, columns_.count, width_);
     for (int64_t block = 0; block + 1 < blocks_of(chunk); ++block) {
       const T *k[kBlock], *v[kBlock], *decay[kBlock];
-      for (int t = 0; t < kBlock; ++t) {
-        const int64_t token = at_.first_token + token_of(chunk, block) + t;
-        k[t] = k_.at(t, token);
-        v[t] = v_.at(t, token);
-        decay[t] = decays_ + (block * kBlock + t) * stride_;
-      }
+      const BlockTokens tokens = tokens_of(chunk, block);
+      k_.read(tokens, zeros_, k);
+      v_.read(tokens, zeros_, v);
+      for (int t = 0; t < kBlock; ++t) decay[t] = decays_ + (block * kBlock + t) * stride_;
       gather(values_, v);
       for (int64_t i = 0; i < stride_; i += kLanes<T>) {
         Lanes<T> k_panel[kBlock], decay_panel[kBlock];
@@ -201,14 +136,14 @@ class BackwardSequence {
 
   BlockRows<T> rows_of(int64_t chunk, int64_t block) {
     BlockRows<T> rows;
+    const BlockTokens tokens = tokens_of(chunk, block);
+    r_.fetch(tokens);
+    r_.read(tokens, zeros_, rows.r);
+    k_.read(tokens, zeros_, rows.k);
+    v_.read(tokens, zeros_, rows.v);
+    if (p_.dy.data) dy_.read(tokens, zeros_, rows.dy);
     for (int t = 0; t < kBlock; ++t) {
-      const int64_t own = token_of(chunk, block) + t, token = at_.first_token + own;
-      const bool exists = own < at_.tokens;
-      const int64_t fetch = own >= kPrefetchTokens ? token - kPrefetchTokens : -1;
-      rows.r[t] = exists ? r_.at(t, token, fetch) : zeros_;
-      rows.k[t] = exists ? k_.at(t, token) : zeros_;
-      rows.v[t] = exists ? v_.at(t, token) : zeros_;
-      rows.dy[t] = exists && p_.dy.data ? dy_.at(t, token, fetch) : zeros_;
+      if (!p_.dy.data) rows.dy[t] = zeros_;
       rows.decay[t] = decays_ + (block * kBlock + t) * stride_;
       rows.rate[t] = rates_ + (block * kBlock + t) * stride_;
     }
@@ -218,6 +153,7 @@ class BackwardSequence {
   void reverse_block(int64_t chunk, int64_t block) {
     const BlockRows<T> rows = rows_of(chunk, block);
     fold_block(keys_, rows.r, rows.k, rows.decay, u_, stride_);
+    dy_.fetch(tokens_of(chunk, block));
     gather(values_, rows.v);
     gather(gradients_, rows.dy);
     write_dv(chunk, block);
@@ -271,19 +207,20 @@ class BackwardSequence {
   }
 
   void write_dv(int64_t chunk, int64_t block) {
-    for (int s = 0; s < kBlock; ++s) {
-      const int64_t own = token_of(chunk, block) + s, token = at_.first_token + own;
-      if (own >= at_.tokens) return;
+    const BlockTokens tokens = tokens_of(chunk, block);
+    T* dv[kBlock];
+    dv_.template fetch<true>(tokens);
+    dv_.write(tokens, dv);
+    for (int s = 0; s < tokens.count; ++s) {
       const T* folded_k = keys_.rows + (BlockKeys<T>::kK + s) * stride_;
-      T* dv = dv_.at(s, token, true, own >= kPrefetchTokens ? token - kPrefetchTokens : -1);
       for (int64_t j = 0; j < width_; j += kLanes<T>) {
         Lanes<T> total = reverse_values<T, kSize>(folded_k, adjoint_ + j * kLanes<T>, stride_, width_);
         for (int t = s; t < kBlock; ++t)
           total = multiply_add(broadcast(keys_.scores[t][s]), load<T>(gradients_ + t * stride_ + j), total);
-        store<T>(dv + j, total);
+        store<T>(dv[s] + j, total);
       }
-      dv_.done(s, token);
     }
+    dv_.wrote(tokens);
   }
 
   // With b[t][s] = q_t . v_s and D(s,t) = prod_{s<m<t} e_m:
@@ -292,24 +229,22 @@ class BackwardSequence {
   //   e_m sum_j S_{m-1} G_m = W x + sum_{t>m} r_t prod_{m<t} e_m d_t + sum_{s<m} k_s prod_{m>s} e_m g_s
   //                           + sum_{s<m<t} b[t][s] D(s,t) r_t k_s
   void finish_block(int64_t chunk, int64_t block, const BlockRows<T>& rows) {
-    const int64_t own = token_of(chunk, block), first = at_.first_token + own;
-    const int64_t tokens = smaller(kBlock, at_.tokens - own);
+    const BlockTokens tokens = tokens_of(chunk, block);
     T b[kBlock][kBlock];
-    T *dr[kBlock], *dk[kBlock], *dw[kBlock];
-    for (int t = 0; t < kBlock; ++t) {
+    dr_.template fetch<true>(tokens);
+    for (int t = 0; t < kBlock; ++t)
       for (int s = 0; s <= t; ++s) b[t][s] = dot(rows.dy[t], rows.v[s], stride_);
-      const int64_t fetch = own >= kPrefetchTokens ? first + t - kPrefetchTokens : -1;
-      dr[t] = dr_.at(t, first + t, t < tokens, fetch);
-      dk[t] = dk_.at(t, first + t, t < tokens, fetch);
-      dw[t] = dw_.at(t, first + t, t < tokens && p_.dw.data, p_.dw.data ? fetch : -1);
-    }
-    for (int64_t i = 0; i < stride_; i += kLanes<T>) finish_panel(i, tokens, rows, b, dr, dk, dw);
-    if (own % kSumTokens == 0) flush_sums();
-    for (int t = 0; t < tokens; ++t) {
-      dr_.done(t, first + t);
-      dk_.done(t, first + t);
-      if (p_.dw.data) dw_.done(t, first + t);
-    }
+    dk_.template fetch<true>(tokens);
+    T *dr[kBlock], *dk[kBlock], *dw[kBlock];
+    dr_.write(tokens, dr);
+    dk_.write(tokens, dk);
+    dw_.write(p_.dw.data ? tokens : BlockTokens{0, 0, 0}, dw);  // Eagle: thrown away, summed in dw_part_
+    for (int64_t i = 0; i < stride_; i += kLanes<T>) finish_panel(i, tokens.count, rows, b, dr, dk, dw);
+    dw_.template fetch<true>(tokens);
+    if (token_of(chunk, block) % kSumTokens == 0) flush_sums();
+    dr_.wrote(tokens);
+    dk_.wrote(tokens);
+    if (p_.dw.data) dw_.wrote(tokens);
   }
 
   void finish_panel(int64_t i, int64_t tokens, const BlockRows<T>& rows, const T (&b)[kBlock][kBlock],
@@ -390,8 +325,7 @@ class BackwardSequence {
   const int64_t blocks_;                 // of a chunk, no more than the sequence fills
   const bool whole_;                     // all columns are here
   Scratch<T> scratch_;
-  InputRows<T, kSize> r_, k_, v_, w_, dy_;
-  OutputRows<T, kSize> dr_, dk_, dv_, dw_;
+  TokenRows<T, kSize> r_, k_, v_, w_, dy_, dr_, dk_, dv_, dw_;
   BlockKeys<T> keys_;
   T *adjoint_, *states_;  // G, and the state before each block of the chunk: [stride / lanes][width][lanes]
   T *decays_, *rates_;    // of the chunk's tokens

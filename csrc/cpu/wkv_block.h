@@ -11,92 +11,103 @@ inline constexpr int kBlock = RWKV_LANE_BYTES == 64 ? 4 : 2;
 // Rows are fetched no earlier than that: rows of several tensors at a power of two apart share few places of a cache.
 inline constexpr int kPrefetchTokens = 4;
 
-// The rows of one (row, head) of a tensor, one per token.
+// The tokens of a block: first, first + step, ... in its slots 0 .. count - 1; slots beyond have none.
+struct BlockTokens {
+  int64_t first, count;
+  int64_t ahead;  // rows of tokens so much later (or, negative, earlier) are wanted soon; 0: of none
+  int64_t step = 1;
+
+  int64_t at(int slot) const { return first + slot * step; }
+};
+
+// The rows of one (row, head) of a tensor, one per token: its own memory where that is T and is not padded, else copies
+// of a block's. kSize: what their size is most of the time, or 0.
+template <class T, int kSize>
 class TokenRows {
  public:
-  TokenRows(const View& view, int64_t row, int64_t head, int64_t size)
+  TokenRows(const View& view, int64_t row, int64_t head, int64_t size, int64_t stride, Scratch<T>& memory)
       : first_(view.data ? element(view, row, 0, head) : nullptr),
-        token_bytes_(view.token_stride * bytes_of(view.dtype)), row_bytes_(size * bytes_of(view.dtype)),
-        dtype_(view.dtype) {}
+        token_bytes_(view.token_stride * bytes_of(view.dtype)), dtype_(view.dtype), size_(size), stride_(stride),
+        direct_(dtype_ == kDtypeOf<T> && size == stride), copies_(memory.take_zeros(kBlock * stride)) {}
 
-  char* at(int64_t token) const { return first_ + token * token_bytes_; }
-  Dtype dtype() const { return dtype_; }
-  template <int kForWriting>
-  void fetch(int64_t token) const {
-    const char* row = at(token);
-    for (int64_t byte = 0; byte < row_bytes_; byte += 64) __builtin_prefetch(row + byte, kForWriting);
-  }
-
- private:
-  char* first_;
-  int64_t token_bytes_, row_bytes_;
-  Dtype dtype_;
-};
-
-// Rows of an input for the tokens of a block: the tensor's own memory where that is T and is not padded, else copies.
-// kSize: what their size is most of the time, or 0.
-template <class T, int kSize>
-class InputRows {
- public:
-  InputRows(const TokenRows& rows, int64_t size, int64_t stride, Scratch<T>& memory)
-      : rows_(rows), size_(size), stride_(stride), direct_(rows.dtype() == kDtypeOf<T> && size == stride),
-        copies_(memory.take_zeros(kBlock * stride)) {}
-
-  // fetch: the token whose row is wanted some time later, or -1.
-  const T* at(int slot, int64_t token, int64_t fetch = -1) const {
-    if (fetch >= 0) rows_.fetch<0>(fetch);
-    if (direct_) return reinterpret_cast<const T*>(rows_.at(token));
-    T* copy = copies_ + slot * stride_;
-    if (kSize > 0 && size_ == kSize)
-      load_row(copy, rows_.at(token), rows_.dtype(), kSize);
-    else
-      load_row(copy, rows_.at(token), rows_.dtype(), size_);
-    return copy;
-  }
-
- private:
-  const TokenRows rows_;
-  const int64_t size_, stride_;
-  const bool direct_;
-  T* const copies_;
-};
-
-// Rows of an output: to be filled at at(), then handed over by done().
-template <class T, int kSize>
-class OutputRows {
- public:
-  OutputRows(const TokenRows& rows, int64_t size, int64_t stride, Scratch<T>& memory)
-      : rows_(rows), size_(size), stride_(stride), direct_(rows.dtype() == kDtypeOf<T> && size == stride),
-        copies_(memory.take(kBlock * stride)) {}
-
-  // Where the row of a token that exists goes; the row of one that pads the block is thrown away.
-  T* at(int slot, int64_t token, bool exists, int64_t fetch = -1) const {
-    if (fetch >= 0) rows_.fetch<1>(fetch);
-    return direct_ && exists ? reinterpret_cast<T*>(rows_.at(token)) : copies_ + slot * stride_;
-  }
-  void done(int slot, int64_t token) const {
+  // The rows of a block; `absent` where a slot has no token.
+  void read(const BlockTokens& block, const T* absent, const T* (&rows)[kBlock]) const {
+#pragma GCC unroll 8
+    for (int slot = 0; slot < kBlock; ++slot)
+      rows[slot] = slot >= block.count ? absent : direct_ ? own(block, slot) : copies_ + slot * stride_;
     if (direct_) return;
-    if (kSize > 0 && size_ == kSize)
-      store_row(copies_ + slot * stride_, rows_.at(token), rows_.dtype(), kSize);
-    else
-      store_row(copies_ + slot * stride_, rows_.at(token), rows_.dtype(), size_);
+    const auto load = [&](int64_t size) __attribute__((always_inline)) {
+      load_rows(copies_, stride_, at(block.first), block.step * token_bytes_, block.count, dtype_, size);
+    };
+    if (kSize > 0 && size_ == kSize) load(kSize); else load(size_);
+  }
+
+  // Where the rows of a block are to be written, and then handed over by wrote(); what goes to a slot without a token
+  // is thrown away.
+  void write(const BlockTokens& block, T* (&rows)[kBlock]) const {
+#pragma GCC unroll 8
+    for (int slot = 0; slot < kBlock; ++slot)
+      rows[slot] = direct_ && slot < block.count ? own(block, slot) : copies_ + slot * stride_;
+  }
+  void wrote(const BlockTokens& block) const {
+    if (direct_) return;
+    const auto store = [&](int64_t size) __attribute__((always_inline)) {
+      store_rows(copies_, stride_, at(block.first), block.step * token_bytes_, block.count, dtype_, size);
+    };
+    if (kSize > 0 && size_ == kSize) store(kSize); else store(size_);
+  }
+
+  // Starts to load what the block's tokens will want. Always inlined: GCC drops calls of a function that does nothing but prefetch.
+  template <bool kForWriting = false>
+  [[gnu::always_inline]] void fetch(const BlockTokens& block) const {
+    if (!block.ahead || !first_) return;
+    const int64_t bytes = size_ * bytes_of(dtype_);
+    for (int slot = 0; slot < kBlock; ++slot)
+      for (int64_t byte = 0; byte < bytes; byte += 64)
+        __builtin_prefetch(at(block.at(slot) + block.ahead) + byte, kForWriting);
   }
 
  private:
-  const TokenRows rows_;
-  const int64_t size_, stride_;
-  const bool direct_;
-  T* const copies_;
+  char* at(int64_t token) const { return first_ + token * token_bytes_; }
+  T* own(const BlockTokens& block, int slot) const { return reinterpret_cast<T*>(at(block.at(slot))); }
+
+  char* first_;
+  int64_t token_bytes_;
+  Dtype dtype_;
+  int64_t size_, stride_;
+  bool direct_;
+  T* copies_;
 };
 
-// rate = exp(w) and decay = exp(-rate) of one row.
+// rate = exp(w) and decay = exp(-rate) of rows of whole lanes.
+template <class T, int kRows, int kWide>
+[[gnu::always_inline]] inline void decay_panel(const T* const (&w)[kRows], T* const (&rate)[kRows],
+                                               T* const (&decay)[kRows], int64_t column) {
+  Lanes<T> e[kRows * kWide];
+#pragma GCC unroll 16
+  for (int n = 0; n < kRows * kWide; ++n) e[n] = load<T>(w[n / kWide] + column + n % kWide * kLanes<T>);
+  exp_all(e);
+#pragma GCC unroll 16
+  for (int n = 0; n < kRows * kWide; ++n) {
+    store<T>(rate[n / kWide] + column + n % kWide * kLanes<T>, e[n]);
+    e[n] = -e[n];
+  }
+  exp_all<true>(e);
+#pragma GCC unroll 16
+  for (int n = 0; n < kRows * kWide; ++n) store<T>(decay[n / kWide] + column + n % kWide * kLanes<T>, e[n]);
+}
+
+template <class T, int kRows>
+inline void decay_rows(const T* const (&w)[kRows], T* const (&rate)[kRows], T* const (&decay)[kRows],
+                       int64_t stride) {
+  int64_t i = 0;
+  for (; i + 2 * kLanes<T> <= stride; i += 2 * kLanes<T>) decay_panel<T, kRows, 2>(w, rate, decay, i);
+  for (; i < stride; i += kLanes<T>) decay_panel<T, kRows, 1>(w, rate, decay, i);
+}
+
 template <class T>
 inline void decay_row(const T* w, T* rate, T* decay, int64_t stride) {
-  for (int64_t i = 0; i < stride; i += kLanes<T>) {
-    const Lanes<T> e = exp_of(load<T>(w + i));
-    store<T>(rate + i, e);
-    store<T>(decay + i, exp_of(-e));
-  }
+  decay_rows<T, 1>({w}, {rate}, {decay}, stride);
 }
 
 // k~ and W of one panel of keys, and the state update that goes with them: these operations in this order, wherever a

@@ -120,16 +120,13 @@ class ForwardSequence {
   ForwardSequence(const WkvForwardParams& params, const Sequence& sequence, int64_t head, Columns columns)
       : p_(params), at_(sequence), head_(head), columns_(columns), size_(kSize ? kSize : params.shape.head_size),
         stride_(padded(size_, kPanelColumns<T>)), width_(padded(columns.count, kPanelColumns<T>)),
-        scratch_(size_ * width_ + 5 * kBlock * stride_ + BlockKeys<T>::kRows * stride_ + (kBlock + 4) * stride_),
-        
-        r_(all_keys(params.r), size_, stride_, scratch_), k_(all_keys(params.k), size_, stride_, scratch_),
-        w_(all_keys(params.w), size_, stride_, scratch_),
-        v_(own_columns(params.v), columns.count, width_, scratch_),
-        y_(own_columns(params.y), columns.count, width_, scratch_) {
+        scratch_(size_ * width_ + 5 * kBlock * stride_ + BlockKeys<T>::kRows * stride_ + (2 * kBlock + 3) * stride_),
+        r_(all_keys(params.r)), k_(all_keys(params.k)), w_(all_keys(params.w)), v_(own_columns(params.v)),
+        y_(own_columns(params.y)) {
     state_ = scratch_.take_zeros(size_ * width_);
     keys_.rows = scratch_.take(BlockKeys<T>::kRows * stride_);
-    for (T*& row : decay_) row = scratch_.take(stride_);
-    rate_ = scratch_.take(stride_), u_ = scratch_.take_zeros(stride_);
+    for (int t = 0; t < kBlock; ++t) rate_[t] = scratch_.take(stride_), decay_[t] = scratch_.take(stride_);
+    u_ = scratch_.take_zeros(stride_);
     zeros_ = scratch_.take_zeros(stride_), ones_ = scratch_.take(stride_);
     for (int64_t i = 0; i < stride_; ++i) ones_[i] = T(1);
   }
@@ -138,18 +135,18 @@ class ForwardSequence {
     const int64_t square = size_ * size_, at = (at_.index * p_.shape.heads + head_) * square + columns_.first;
     if (p_.state) load_state(state_, static_cast<const T*>(p_.state) + at, size_, columns_.count);
     load_row(u_, p_.u, 0, 0, head_, size_);
-    if (p_.shape.constant_decay && at_.tokens) decay_row(w_.at(0, 0), rate_, decay_[0], stride_);
     for (int64_t t = 0; t < at_.tokens; t += kBlock) {
       if (p_.chunk_states && t % kChunkTokens == 0) save_state(at_.first_chunk + t / kChunkTokens);
-      run_block(at_.first_token + t, smaller(kBlock, at_.tokens - t), at_.first_token + at_.tokens);
+      run_block({at_.first_token + t, smaller(kBlock, at_.tokens - t),
+                 t + kPrefetchTokens < at_.tokens ? kPrefetchTokens : 0});
     }
     store_state(static_cast<T*>(p_.state_out) + at, state_, size_, columns_.count);
   }
 
  private:
-  TokenRows all_keys(const View& view) const { return TokenRows(view, at_.row, head_, size_); }
-  TokenRows own_columns(const View& view) const {
-    return TokenRows(narrow(view, columns_.first), at_.row, head_, columns_.count);
+  TokenRows<T, kSize> all_keys(const View& view) { return {view, at_.row, head_, size_, stride_, scratch_}; }
+  TokenRows<T, kSize> own_columns(const View& view) {
+    return {narrow(view, columns_.first), at_.row, head_, columns_.count, width_, scratch_};
   }
 
   void save_state(int64_t chunk) {
@@ -158,25 +155,32 @@ class ForwardSequence {
   }
 
   // Tokens beyond the last have r = k = v = 0 and decay 1: they leave the state as it is, to the bit.
-  void run_block(int64_t first, int64_t tokens, int64_t end) {
+  void run_block(const BlockTokens& block) {
     const T *r[kBlock], *k[kBlock], *v[kBlock], *decay[kBlock];
     T* y[kBlock];
-    for (int t = 0; t < kBlock; ++t) {
-      const int64_t token = first + t;
-      const bool exists = t < tokens;
-      const int64_t fetch = token + kPrefetchTokens < end ? token + kPrefetchTokens : -1;
-      r[t] = exists ? r_.at(t, token, fetch) : zeros_;
-      k[t] = exists ? k_.at(t, token, fetch) : zeros_;
-      v[t] = exists ? v_.at(t, token, fetch) : zeros_;
-      y[t] = y_.at(t, token, exists, fetch);
-      decay[t] = !exists ? ones_ : p_.shape.constant_decay ? decay_[0] : decay_[t];
-      if (exists && !p_.shape.constant_decay)
-        decay_row(w_.at(t, token, fetch), rate_, decay_[t], stride_);
-    }
+    r_.read(block, zeros_, r);
+    k_.read(block, zeros_, k);
+    v_.read(block, zeros_, v);
+    y_.write(block, y);
+    // Not all at once: more misses than the core can have under way hold up what follows.
+    r_.fetch(block);
+    load_decays(block);
+    for (int t = 0; t < kBlock; ++t) decay[t] = t < block.count ? decay_[t] : ones_;
+    w_.fetch(block);
     fold_block(keys_, r, k, decay, u_, stride_);
-    for (int64_t column = 0; column < width_; column += kPanelColumns<T>)
+    k_.fetch(block);
+    for (int64_t column = 0; column < width_; column += kPanelColumns<T>) {
+      if (column + kPanelColumns<T> >= width_) v_.fetch(block), y_.template fetch<true>(block);
       forward_panel<T, kSize>(keys_, v, y, column, state_ + size_ * column, size_, stride_);
-    for (int t = 0; t < tokens; ++t) y_.done(t, first + t);
+    }
+    y_.wrote(block);
+  }
+
+  void load_decays(const BlockTokens& block) {
+    if (p_.shape.constant_decay && block.first > at_.first_token) return;
+    const T* w[kBlock];
+    w_.read(block, zeros_, w);
+    decay_rows(w, rate_, decay_, stride_);
   }
 
   const WkvForwardParams& p_;
@@ -185,8 +189,7 @@ class ForwardSequence {
   const Columns columns_;
   const int64_t size_, stride_, width_;  // keys, padded; own columns, padded
   Scratch<T> scratch_;
-  InputRows<T, kSize> r_, k_, w_, v_;
-  OutputRows<T, kSize> y_;
+  TokenRows<T, kSize> r_, k_, w_, v_, y_;
   BlockKeys<T> keys_;
-  T *state_, *decay_[kBlock], *rate_, *u_, *zeros_, *ones_;
+  T *state_, *rate_[kBlock], *decay_[kBlock], *u_, *zeros_, *ones_;
 };

@@ -9,6 +9,7 @@ namespace {
 #include "cpu/rows.h"
 #include "cpu/wkv_block.h"
 #include "cpu/wkv_forward.h"
+#include "cpu/wkv_backward_panels.h"
 #include "cpu/wkv_backward.h"
 #include "cpu/wkv_summary.h"
 #include "cpu/wkv_step.h"

@@ -34,20 +34,17 @@ class SummarySequence {
   SummarySequence(const WkvSummaryParams& params, const Sequence& sequence, int64_t head, Columns columns)
       : p_(params), at_(sequence), head_(head), columns_(columns), size_(kSize ? kSize : params.shape.head_size),
         stride_(padded(size_, kPanelColumns<T>)), width_(padded(columns.count, kPanelColumns<T>)),
-        scratch_(size_ * width_ + 3 * kBlock * stride_ + (2 * kBlock + 5) * stride_),
-        k_(all_keys(params.k), size_, stride_, scratch_),
-        w_(all_keys(params.w), size_, stride_, scratch_),
-        v_(own_columns(params.v), columns.count, width_, scratch_) {
+        scratch_(size_ * width_ + 3 * kBlock * stride_ + (3 * kBlock + 4) * stride_),
+        k_(all_keys(params.k)), w_(all_keys(params.w)), v_(own_columns(params.v)) {
     state_ = scratch_.take_zeros(size_ * width_);
-    for (T*& row : decay_) row = scratch_.take(stride_);
+    for (int t = 0; t < kBlock; ++t) rate_[t] = scratch_.take(stride_), decay_[t] = scratch_.take(stride_);
     for (T*& row : folded_k_) row = scratch_.take(stride_);
-    rate_ = scratch_.take(stride_), folded_decay_ = scratch_.take(stride_), zeros_ = scratch_.take_zeros(stride_);
+    folded_decay_ = scratch_.take(stride_), zeros_ = scratch_.take_zeros(stride_);
     ones_ = scratch_.take(stride_), total_ = scratch_.take(stride_);
     for (int64_t i = 0; i < stride_; ++i) ones_[i] = total_[i] = T(1);
   }
 
   void run() {
-    if (p_.shape.constant_decay && at_.tokens) decay_row(w_.at(0, 0), rate_, decay_[0], stride_);
     for (int64_t t = 0; t < at_.tokens; t += kBlock) run_block(t);
     const int64_t pair = at_.index * p_.shape.heads + head_;
     store_state(static_cast<T*>(p_.state) + pair * size_ * size_ + columns_.first, state_, size_, columns_.count);
@@ -56,25 +53,30 @@ class SummarySequence {
   }
 
  private:
-  TokenRows all_keys(const View& view) const { return TokenRows(view, at_.row, head_, size_); }
-  TokenRows own_columns(const View& view) const {
-    return TokenRows(narrow(view, columns_.first), at_.row, head_, columns_.count);
+  TokenRows<T, kSize> all_keys(const View& view) { return {view, at_.row, head_, size_, stride_, scratch_}; }
+  TokenRows<T, kSize> own_columns(const View& view) {
+    return {narrow(view, columns_.first), at_.row, head_, columns_.count, width_, scratch_};
   }
 
-  void run_block(int64_t first) {
+  // The block of tokens that starts after `done` of them.
+  BlockTokens block_after(int64_t done) const {
+    const int64_t step = p_.adjoint ? -1 : 1;
+    return {at_.first_token + (p_.adjoint ? at_.tokens - 1 - done : done), smaller(kBlock, at_.tokens - done),
+            done + kPrefetchTokens < at_.tokens ? step * kPrefetchTokens : 0, step};
+  }
+
+  void run_block(int64_t done) {
+    const BlockTokens block = block_after(done);
     const T *k[kBlock], *v[kBlock], *decay[kBlock];
-    for (int t = 0; t < kBlock; ++t) {
-      const int64_t step = first + t;
-      const int64_t token = at_.first_token + (p_.adjoint ? at_.tokens - 1 - step : step);
-      const bool exists = step < at_.tokens;
-      const int64_t fetch =
-          step + kPrefetchTokens < at_.tokens ? token + (p_.adjoint ? -kPrefetchTokens : kPrefetchTokens) : -1;
-      k[t] = exists ? k_.at(t, token, fetch) : zeros_;
-      v[t] = exists ? v_.at(t, token, fetch) : zeros_;
-      decay[t] = !exists ? ones_ : p_.shape.constant_decay ? decay_[0] : decay_[t];
-      if (exists && !p_.shape.constant_decay)
-        decay_row(w_.at(t, token, fetch), rate_, decay_[t], stride_);
+    for (const auto* rows : {&k_, &v_, &w_}) rows->fetch(block);
+    k_.read(block, zeros_, k);
+    v_.read(block, zeros_, v);
+    if (!p_.shape.constant_decay || done == 0) {
+      const T* w[kBlock];
+      w_.read(block, zeros_, w);
+      decay_rows(w, rate_, decay_, stride_);
     }
+    for (int t = 0; t < kBlock; ++t) decay[t] = t < block.count ? decay_[t] : ones_;
     for (int64_t i = 0; i < stride_; i += kLanes<T>) {
       Lanes<T> k_panel[kBlock], decay_panel[kBlock];
       load_panel(k_panel, k, i);
@@ -97,6 +99,6 @@ class SummarySequence {
   const Columns columns_;
   const int64_t size_, stride_, width_;
   Scratch<T> scratch_;
-  InputRows<T, kSize> k_, w_, v_;
-  T *state_, *decay_[kBlock], *folded_k_[kBlock], *rate_, *folded_decay_, *zeros_, *ones_, *total_;
+  TokenRows<T, kSize> k_, w_, v_;
+  T *state_, *rate_[kBlock], *decay_[kBlock], *folded_k_[kBlock], *folded_decay_, *zeros_, *ones_, *total_;
 };
