@@ -84,7 +84,7 @@ class BackwardSequence {
   int64_t token_of(int64_t chunk, int64_t block) const { return chunk * kChunkTokens + block * kBlock; }
 
   // The tokens of a block; blocks are gone through from the last to the first.
-  BlockTokens tokens_of(int64_t chunk, int64_t block, int64_t ahead = kPrefetchTokens) const {
+  BlockTokens tokens_in(int64_t chunk, int64_t block, int64_t ahead = kPrefetchTokens) const {
     const int64_t own = token_of(chunk, block);
     return {at_.first_token + own, smaller(kBlock, at_.tokens - own), own >= ahead ? -ahead : 0};
   }
@@ -92,7 +92,7 @@ class BackwardSequence {
   // Slots beyond the last token: decay 1, as if nothing happened.
   void load_decays(int64_t chunk) {
     for (int64_t block = 0; block < blocks_of(chunk); ++block) {
-      const BlockTokens tokens = tokens_of(chunk, block, kChunkTokens);
+      const BlockTokens tokens = tokens_in(chunk, block, kChunkTokens);
       for (const auto* rows : {&w_, &k_, &v_}) rows->fetch(tokens);  // what begins with the chunk before
       const T* w[kBlock];
       T *rate[kBlock], *decay[kBlock];
@@ -119,7 +119,7 @@ class BackwardSequence {
                        stride_, columns_.count, width_);
     for (int64_t block = 0; block + 1 < blocks_of(chunk); ++block) {
       const T *k[kBlock], *v[kBlock], *decay[kBlock];
-      const BlockTokens tokens = tokens_of(chunk, block);
+      const BlockTokens tokens = tokens_in(chunk, block);
       k_.read(tokens, zeros_, k);
       v_.read(tokens, zeros_, v);
       for (int t = 0; t < kBlock; ++t) decay[t] = decays_ + (block * kBlock + t) * stride_;
@@ -136,7 +136,7 @@ class BackwardSequence {
 
   BlockRows<T> rows_of(int64_t chunk, int64_t block) {
     BlockRows<T> rows;
-    const BlockTokens tokens = tokens_of(chunk, block);
+    const BlockTokens tokens = tokens_in(chunk, block);
     r_.fetch(tokens);
     r_.read(tokens, zeros_, rows.r);
     k_.read(tokens, zeros_, rows.k);
@@ -153,7 +153,7 @@ class BackwardSequence {
   void reverse_block(int64_t chunk, int64_t block) {
     const BlockRows<T> rows = rows_of(chunk, block);
     fold_block(keys_, rows.r, rows.k, rows.decay, u_, stride_);
-    dy_.fetch(tokens_of(chunk, block));
+    dy_.fetch(tokens_in(chunk, block));
     gather(values_, rows.v);
     gather(gradients_, rows.dy);
     write_dv(chunk, block);
@@ -207,7 +207,7 @@ class BackwardSequence {
   }
 
   void write_dv(int64_t chunk, int64_t block) {
-    const BlockTokens tokens = tokens_of(chunk, block);
+    const BlockTokens tokens = tokens_in(chunk, block);
     T* dv[kBlock];
     dv_.template fetch<true>(tokens);
     dv_.write(tokens, dv);
@@ -229,7 +229,7 @@ class BackwardSequence {
   //   e_m sum_j S_{m-1} G_m = W x + sum_{t>m} r_t prod_{m<t} e_m d_t + sum_{s<m} k_s prod_{m>s} e_m g_s
   //                           + sum_{s<m<t} b[t][s] D(s,t) r_t k_s
   void finish_block(int64_t chunk, int64_t block, const BlockRows<T>& rows) {
-    const BlockTokens tokens = tokens_of(chunk, block);
+    const BlockTokens tokens = tokens_in(chunk, block);
     T b[kBlock][kBlock];
     dr_.template fetch<true>(tokens);
     for (int t = 0; t < kBlock; ++t)

@@ -39,7 +39,10 @@ class TokenRows {
     const auto load = [&](int64_t size) __attribute__((always_inline)) {
       load_rows(copies_, stride_, at(block.first), block.step * token_bytes_, block.count, dtype_, size);
     };
-    if (kSize > 0 && size_ == kSize) load(kSize); else load(size_);
+    if (kSize > 0 && size_ == kSize)
+      load(kSize);
+    else
+      load(size_);
   }
 
   // Where the rows of a block are to be written, and then handed over by wrote(); what goes to a slot without a token
@@ -54,10 +57,13 @@ class TokenRows {
     const auto store = [&](int64_t size) __attribute__((always_inline)) {
       store_rows(copies_, stride_, at(block.first), block.step * token_bytes_, block.count, dtype_, size);
     };
-    if (kSize > 0 && size_ == kSize) store(kSize); else store(size_);
+    if (kSize > 0 && size_ == kSize)
+      store(kSize);
+    else
+      store(size_);
   }
 
-  // Starts to load what the block's tokens will want. Always inlined: GCC drops calls of a function that does nothing but prefetch.
+  // Starts to load the rows that block.ahead names. Always inlined: GCC drops calls of a function that only prefetches.
   template <bool kForWriting = false>
   [[gnu::always_inline]] void fetch(const BlockTokens& block) const {
     if (!block.ahead || !first_) return;
