@@ -135,10 +135,10 @@ class ForwardSequence {
     const int64_t square = size_ * size_, at = (at_.index * p_.shape.heads + head_) * square + columns_.first;
     if (p_.state) load_state(state_, static_cast<const T*>(p_.state) + at, size_, columns_.count);
     load_row(u_, p_.u, 0, 0, head_, size_);
+    const int64_t ahead = bytes_of(p_.r.dtype) == 2 ? 2 * kPrefetchTokens : kPrefetchTokens;  // the same bytes
     for (int64_t t = 0; t < at_.tokens; t += kBlock) {
       if (p_.chunk_states && t % kChunkTokens == 0) save_state(at_.first_chunk + t / kChunkTokens);
-      run_block({at_.first_token + t, smaller(kBlock, at_.tokens - t),
-                 t + kPrefetchTokens < at_.tokens ? kPrefetchTokens : 0});
+      run_block({at_.first_token + t, smaller(kBlock, at_.tokens - t), t + ahead < at_.tokens ? ahead : 0});
     }
     store_state(static_cast<T*>(p_.state_out) + at, state_, size_, columns_.count);
   }
