@@ -2,7 +2,8 @@
 // namespace rwkv::RWKV_ISA. What a row of the result is depends on that row of the matrix and on one vector alone: not
 // on the rows beside it, nor on how many vectors share the pass over the weights.
 
-constexpr int kSums = 4;            // partial sums of a row, which hide the latency of an addition
+// Partial sums of a row: additions take several cycles each, and with narrower vectors a row has more of them.
+constexpr int kSums = RWKV_LANE_BYTES == 64 ? 2 : 4;
 constexpr int64_t kBatchBlock = 4;  // vectors that share one read of the weights from memory
 constexpr int64_t kRowsMultiple = 8, kMaxItemRows = 128;
 constexpr int64_t kItemBytes = 65536;
@@ -99,8 +100,8 @@ inline void add_products(const Stored<kStorage>* weights, const float* x, int64_
 // out[b * out_stride + r] = sum_c weights[r, c] x[b, c] for kRows rows and kBatch vectors; columns is a multiple of 32.
 template <Storage kStorage, int kRows, int kBatch>
 inline void dot_rows(const Stored<kStorage>* weights, const float* x, int64_t columns, float* out, int64_t out_stride) {
-  // More sums than registers: one after the other, over rows that are in the first cache by then.
-  constexpr int kTogether = kRows * kBatch <= 2 ? kSums : 1;
+  // Where there are more sums than registers: one after the other, over rows that are in the first cache by then.
+  constexpr int kTogether = RWKV_LANE_BYTES == 64 || kRows * kBatch <= 2 ? kSums : 1;
   Floats total[kSums][kRows][kBatch];
 #pragma GCC unroll 4
   for (int first = 0; first < kSums; first += kTogether)
@@ -108,8 +109,11 @@ inline void dot_rows(const Stored<kStorage>* weights, const float* x, int64_t co
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-    for (int b = 0; b < kBatch; ++b)
-      out[b * out_stride + r] = sum<float>((total[0][r][b] + total[1][r][b]) + (total[2][r][b] + total[3][r][b]));
+    for (int b = 0; b < kBatch; ++b) {
+      Floats all = total[0][r][b] + total[1][r][b];
+      if constexpr (kSums == 4) all = all + (total[2][r][b] + total[3][r][b]);
+      out[b * out_stride + r] = sum<float>(all);
+    }
 }
 
 // out[c] += sum_r x[r] weights[r * stride + c]: rows of a matrix stored [in, out]; any number of columns.
