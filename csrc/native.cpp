@@ -12,13 +12,12 @@ namespace py = pybind11;
 
 namespace {
 
-using Ids = std::vector<uint16_t>;
-
 std::string type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }
 
 struct Tokenizer {
   rwkv::Vocabulary vocabulary;
   rwkv::Encoder encoder;
+  std::vector<py::object> numbers;  // [65536] each id as a Python int, once a list was asked for
 
   Tokenizer(std::string_view text, const std::string& name)
       : vocabulary(rwkv::Vocabulary::parse(text, name)), encoder(vocabulary) {}
@@ -45,27 +44,33 @@ class BytesView {
   Py_buffer view_;
 };
 
-Ids encode(const Tokenizer& tokenizer, std::string_view text) {
+rwkv::IdBuffer encode(const Tokenizer& tokenizer, std::string_view text) {
   const py::gil_scoped_release unlock;
-  Ids ids;
+  rwkv::IdBuffer ids;
   tokenizer.encoder.encode(text, ids);
   return ids;
 }
 
-py::list to_list(const Ids& ids) {
+// Every list refers to the same 65536 numbers: making a new one for each id takes longer than encoding.
+py::list to_list(Tokenizer& tokenizer, const rwkv::IdBuffer& ids) {
   py::list list(ids.size());
+  if (tokenizer.numbers.empty()) {
+    for (size_t id = 0; id < rwkv::kVocabSize; ++id) tokenizer.numbers.push_back(py::int_(id));
+  }
+  const uint16_t* id = ids.data();
   for (size_t i = 0; i < ids.size(); ++i) {
-    PyList_SET_ITEM(list.ptr(), static_cast<py::ssize_t>(i), PyLong_FromLong(ids[i]));
+    PyList_SET_ITEM(list.ptr(), static_cast<py::ssize_t>(i), tokenizer.numbers[id[i]].inc_ref().ptr());
   }
   return list;
 }
 
-py::array_t<uint16_t> to_array(Ids&& ids) {
-  auto owner = std::make_unique<Ids>(std::move(ids));
-  const Ids& kept = *owner;
-  const py::capsule capsule(owner.get(), [](void* pointer) { delete static_cast<Ids*>(pointer); });
-  owner.release();  // the capsule frees it with the array
-  return py::array_t<uint16_t>(kept.size(), kept.data(), capsule);
+py::array_t<uint16_t> to_array(rwkv::IdBuffer ids) {
+  const size_t count = ids.size();
+  std::unique_ptr<uint16_t, rwkv::FreeMemory> memory = ids.release();
+  const uint16_t* data = memory.get();
+  const py::capsule owner(data, [](void* pointer) { rwkv::FreeMemory()(pointer); });
+  (void)memory.release();  // the capsule frees it with the array
+  return py::array_t<uint16_t>(count, data, owner);
 }
 
 // One id as int64; an id beyond that is out of range as well and is named in full.
@@ -126,7 +131,7 @@ PYBIND11_MODULE(_native, module) {
            }),
            py::arg("vocabulary"), py::arg("name"))
       .def("encode",
-           [](const Tokenizer& self, const py::object& text) {
+           [](Tokenizer& self, const py::object& text) {
              if (!PyUnicode_Check(text.ptr())) {
                throw py::type_error("encode: text must be a str, got " + type_name(text) +
                                     "; use encode_bytes() for bytes");
@@ -134,11 +139,11 @@ PYBIND11_MODULE(_native, module) {
              py::ssize_t size = 0;
              const char* bytes = PyUnicode_AsUTF8AndSize(text.ptr(), &size);
              if (!bytes) throw py::error_already_set();  // a lone surrogate
-             return to_list(encode(self, {bytes, static_cast<size_t>(size)}));
+             return to_list(self, encode(self, {bytes, static_cast<size_t>(size)}));
            })
       .def("encode_bytes",
-           [](const Tokenizer& self, const py::object& data) {
-             return to_list(encode(self, BytesView(data).view()));
+           [](Tokenizer& self, const py::object& data) {
+             return to_list(self, encode(self, BytesView(data).view()));
            })
       .def("encode_array",
            [](const Tokenizer& self, const py::object& data) {

@@ -4,82 +4,93 @@
 #include <cstring>
 
 namespace rwkv {
+namespace {
 
-// Breadth first: each node stands for the range of tokens, in byte order, that share its prefix.
-Encoder::Encoder(const Vocabulary& vocabulary) : pairs_(65536, 0), bytes_(256, 0) {
-  std::vector<uint32_t> order;
-  for (uint32_t id = 1; id < kVocabSize; ++id) {
-    if (!vocabulary.token(id).empty()) order.push_back(id);
-  }
-  std::sort(order.begin(), order.end(),
-            [&](uint32_t a, uint32_t b) { return vocabulary.token(a) < vocabulary.token(b); });
+constexpr size_t kBlock = 64;         // bytes whose boundaries are found at once
+constexpr size_t kReadAhead = 80;     // bytes that may be read behind the end of a segment or block
+constexpr size_t kPiece = 64 * 1024;  // bytes between two looks at the room for ids
+constexpr size_t kLongSegment = 1024;  // bytes without a boundary
+constexpr size_t kLastBytes = 256;
+constexpr size_t kSlack = 8;  // ids
 
-  struct Range {
-    size_t begin, end, depth;
-  };
-  std::vector<Range> ranges{{0, order.size(), 0}};
-  nodes_.push_back({});
-  labels_.push_back(0);
-  for (size_t node = 0; node < ranges.size(); ++node) {
-    auto [begin, end, depth] = ranges[node];
-    // The token that is the prefix itself sorts before those it is a prefix of.
-    if (begin < end && vocabulary.token(order[begin]).size() == depth) {
-      nodes_[node].id = static_cast<uint16_t>(order[begin++]);
-    }
-    nodes_[node].first_child = static_cast<uint32_t>(nodes_.size());
-    while (begin < end) {
-      const uint8_t label = static_cast<uint8_t>(vocabulary.token(order[begin])[depth]);
-      size_t next = begin + 1;
-      while (next < end && static_cast<uint8_t>(vocabulary.token(order[next])[depth]) == label) ++next;
-      nodes_.push_back({});
-      labels_.push_back(label);
-      ranges.push_back({begin, next, depth + 1});
-      ++nodes_[node].children;
-      begin = next;
-    }
-  }
+}  // namespace
 
-  for (uint32_t first = 0; first < 256; ++first) {
-    const uint32_t node = find_child(nodes_[0], static_cast<uint8_t>(first));  // every byte is a token
-    bytes_[first] = nodes_[node].id;
-    for (uint32_t second = 0; second < 256; ++second) {
-      pairs_[first * 256 + second] = find_child(nodes_[node], static_cast<uint8_t>(second));
-    }
+Encoder::Encoder(const Vocabulary& vocabulary)
+    : cells_(build_match_table(vocabulary)), boundaries_(vocabulary) {}
+
+// Encodes at least up to `end` where a token ends there; a longer token may end behind it.
+inline void Encoder::match_tokens(Run& run, size_t end) const {
+  while (run.start < end) {
+    const Match match = longest_match(cells_.data(), run.text + run.start, run.size - run.start);
+    *run.out++ = match.id;
+    run.start += match.length;
   }
 }
 
-uint32_t Encoder::find_child(const Node& node, uint8_t label) const {
-  const uint8_t* labels = labels_.data() + node.first_child;
-  if (node.children > 8) {
-    const void* found = std::memchr(labels, label, node.children);
-    return found ? node.first_child + static_cast<uint32_t>(static_cast<const uint8_t*>(found) - labels) : 0;
+// Encodes up to the boundary `end`. Reads 16 bytes from the segment's start.
+inline void Encoder::encode_segment(Run& run, size_t end) const {
+  const size_t length = end - run.start;
+  if (length - 1 >= SegmentMemo::kMaxBytes) return match_tokens(run, end);
+  uint64_t bytes[2];
+  SegmentMemo::Entry& entry = run.memo.find(run.text + run.start, length, bytes);
+  if (((entry.bytes[0] ^ bytes[0]) | (entry.bytes[1] ^ bytes[1]) | (entry.length ^ length)) == 0) {
+    std::memcpy(run.out, entry.ids, 16);  // more than the ids there are: what is behind them is written over
+    run.out += entry.count;
+    run.start = end;
+    return;
   }
-  for (uint32_t i = 0; i < node.children; ++i) {
-    if (labels[i] == label) return node.first_child + i;
-  }
-  return 0;
+  const uint16_t* first = run.out;
+  match_tokens(run, end);
+  const size_t count = static_cast<size_t>(run.out - first);
+  if (count > SegmentMemo::kMaxIds) return;
+  std::memcpy(entry.bytes, bytes, sizeof bytes);
+  std::memcpy(entry.ids, first, count * sizeof(uint16_t));
+  entry.length = static_cast<uint8_t>(length);
+  entry.count = static_cast<uint8_t>(count);
 }
 
-Encoder::Match Encoder::longest_match(const uint8_t* text, size_t size) const {
-  Match best{1, bytes_[text[0]]};
-  if (size < 2) return best;
-  uint32_t node = pairs_[text[0] * 256u + text[1]];
-  for (size_t length = 2; node != 0; ++length) {
-    if (nodes_[node].id != 0) best = {length, nodes_[node].id};
-    if (length == size) break;
-    node = find_child(nodes_[node], text[length]);
+// Encodes the segments that end at or before `end`. Reads up to kReadAhead bytes behind it.
+void Encoder::encode_segments(Run& run, size_t end) const {
+  for (size_t block = run.start; block < end; block += kBlock) {
+    uint64_t boundaries = boundaries_.find(run.text + block);
+    if (end - block < kBlock) boundaries &= (uint64_t{1} << (end - block)) - 1;
+    for (; boundaries != 0; boundaries &= boundaries - 1) {
+      encode_segment(run, block + static_cast<size_t>(__builtin_ctzll(boundaries)) + 1);
+    }
+    // What no boundary cuts, such as a run of spaces, goes token by token, so that little is ever left open.
+    if (block + kBlock - run.start > kLongSegment && block + kBlock > run.start) match_tokens(run, block);
   }
-  return best;
 }
 
-void Encoder::encode(std::string_view text, std::vector<uint16_t>& ids) const {
-  const auto* bytes = reinterpret_cast<const uint8_t*>(text.data());
-  ids.reserve(ids.size() + text.size() / 3);
-  for (size_t position = 0; position < text.size();) {
-    const Match match = longest_match(bytes + position, text.size() - position);
-    ids.push_back(match.id);
-    position += match.length;
+void Encoder::encode(std::string_view text, IdBuffer& ids) const {
+  std::unique_ptr<SegmentMemo> memo = memos_.take();
+  Run run{reinterpret_cast<const uint8_t*>(text.data()), text.size(), 0, nullptr, *memo};
+  const size_t last = text.size() > kReadAhead ? text.size() - kReadAhead : 0;
+  while (run.start < last) {
+    // A token that starts in this piece ends within 255 bytes of it.
+    const size_t begin = run.start;
+    const size_t end = std::min(last, begin + kPiece);
+    run.out = ids.room(end - begin + 256 + kSlack);
+    encode_segments(run, end);
+    ids.set_end(run.out);
+    if (end == last) break;
   }
+
+  // The rest is copied to where bytes behind it may be read, if it is as short as it nearly always is.
+  const size_t rest = run.size - run.start;
+  run.out = ids.room(rest + kSlack);
+  if (rest > kLastBytes) {
+    match_tokens(run, run.size);
+    ids.set_end(run.out);
+  } else if (rest > 0) {
+    uint8_t copy[kLastBytes + kReadAhead] = {};
+    std::memcpy(copy, run.text + run.start, rest);
+    Run last_run{copy, rest, 0, run.out, *memo};
+    encode_segments(last_run, rest - 1);
+    encode_segment(last_run, rest);
+    ids.set_end(last_run.out);
+  }
+  memos_.give_back(std::move(memo));
 }
 
 }  // namespace rwkv

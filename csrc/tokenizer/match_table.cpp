@@ -1,0 +1,204 @@
+#include "tokenizer/match_table.h"
+
+#include <algorithm>
+#include <array>
+#include <numeric>
+#include <utility>
+
+namespace rwkv {
+namespace {
+
+struct Trie {
+  struct Node {
+    uint32_t first_child;  // the children are nodes[first_child .. first_child + children), by label
+    uint16_t children;
+    uint16_t id;  // of the token that ends here, 0 if none does
+  };
+  std::vector<Node> nodes;      // breadth first, the root at 0
+  std::vector<uint8_t> labels;  // labels[i] leads from node i's parent to node i
+};
+
+std::vector<uint16_t> sort_ids_by_bytes(const Vocabulary& vocabulary) {
+  // The first eight bytes as one number decide nearly every comparison.
+  std::vector<std::pair<uint64_t, uint16_t>> order;
+  order.reserve(kVocabSize);
+  for (size_t id = 1; id < kVocabSize; ++id) {
+    const std::string_view token = vocabulary.token(id);
+    if (token.empty()) continue;
+    uint64_t head = 0;
+    for (size_t i = 0; i < 8; ++i) head = head << 8 | (i < token.size() ? static_cast<uint8_t>(token[i]) : 0);
+    order.emplace_back(head, static_cast<uint16_t>(id));
+  }
+  std::sort(order.begin(), order.end(), [&](const auto& a, const auto& b) {
+    return a.first != b.first ? a.first < b.first : vocabulary.token(a.second) < vocabulary.token(b.second);
+  });
+  std::vector<uint16_t> ids;
+  ids.reserve(order.size());
+  for (const auto& entry : order) ids.push_back(entry.second);
+  return ids;
+}
+
+// Breadth first: each node stands for the range of tokens, in byte order, that share its prefix.
+Trie build_trie(const Vocabulary& vocabulary) {
+  const std::vector<uint16_t> order = sort_ids_by_bytes(vocabulary);
+  struct Range {
+    size_t begin, end, depth;
+  };
+  std::vector<Range> ranges{{0, order.size(), 0}};
+  Trie trie{{{}}, {0}};
+  for (size_t node = 0; node < ranges.size(); ++node) {
+    auto [begin, end, depth] = ranges[node];
+    // The token that is the prefix itself sorts before those it is a prefix of.
+    if (begin < end && vocabulary.token(order[begin]).size() == depth) trie.nodes[node].id = order[begin++];
+    trie.nodes[node].first_child = static_cast<uint32_t>(trie.nodes.size());
+    while (begin < end) {
+      const uint8_t label = static_cast<uint8_t>(vocabulary.token(order[begin])[depth]);
+      size_t next = begin + 1;
+      while (next < end && static_cast<uint8_t>(vocabulary.token(order[next])[depth]) == label) ++next;
+      trie.nodes.push_back({});
+      trie.labels.push_back(label);
+      ranges.push_back({begin, next, depth + 1});
+      ++trie.nodes[node].children;
+      begin = next;
+    }
+  }
+  return trie;
+}
+
+using Bits = std::array<uint64_t, 4>;  // one bit for each of a block's 256 cells
+
+// The bits b for which bit b ^ label of `bits` is set.
+Bits permuted(const Bits& bits, uint32_t label) {
+  constexpr uint64_t kLower[6] = {0x5555555555555555, 0x3333333333333333, 0x0F0F0F0F0F0F0F0F,
+                                  0x00FF00FF00FF00FF, 0x0000FFFF0000FFFF, 0x00000000FFFFFFFF};
+  Bits result;
+  for (uint32_t word = 0; word < 4; ++word) {
+    uint64_t x = bits[word ^ label >> 6];
+    for (uint32_t k = 0; k < 6; ++k) {
+      if (label >> k & 1) x = (x >> (1u << k) & kLower[k]) | (x & kLower[k]) << (1u << k);
+    }
+    result[word] = x;
+  }
+  return result;
+}
+
+// Finds a base for each node's children: first fit over blocks of 256 cells, all bases of a block tried at once.
+class Placement {
+ public:
+  // Considers every block again that has room. Without it, a block that refused several nodes is passed over.
+  void reopen() {
+    open_.clear();
+    for (uint32_t block = 0; block < blocks_.size(); ++block) {
+      blocks_[block].refusals = 0;
+      if (blocks_[block].unused != 0) open_.push_back(block);
+    }
+  }
+
+  // A base no other node has, where the cells of all labels are unused; they are used from now on.
+  uint32_t place(const uint8_t* labels, size_t count) {
+    size_t kept = 0;  // closed blocks drop out of the list as it is walked
+    for (size_t i = 0; i < open_.size(); ++i) {
+      const uint32_t block = open_[i];
+      const int base = try_block(blocks_[block], labels, count);
+      const bool is_closed = blocks_[block].unused == 0 || blocks_[block].refusals >= kMaxRefusals;
+      if (!is_closed) open_[kept++] = block;
+      if (base < 0) continue;
+      open_.erase(open_.begin() + static_cast<std::ptrdiff_t>(kept),
+                  open_.begin() + static_cast<std::ptrdiff_t>(i + 1));
+      return first_cell(block) + static_cast<uint32_t>(base);
+    }
+    open_.resize(kept);
+    open_.push_back(static_cast<uint32_t>(blocks_.size()));
+    blocks_.emplace_back();
+    return first_cell(open_.back()) + static_cast<uint32_t>(try_block(blocks_.back(), labels, count));
+  }
+
+  size_t cells() const { return first_cell(static_cast<uint32_t>(blocks_.size())); }
+
+ private:
+  static constexpr uint32_t kMaxRefusals = 16;
+
+  struct Block {
+    Bits free{~0ull, ~0ull, ~0ull, ~0ull};
+    Bits free_bases{~0ull, ~0ull, ~0ull, ~0ull};
+    uint32_t unused = 256;
+    uint32_t refusals = 0;
+  };
+
+  static uint32_t first_cell(uint32_t block) { return kByteCells + 256 * (block + 1); }
+
+  // The base within the block, or -1.
+  static int try_block(Block& block, const uint8_t* labels, size_t count) {
+    Bits fits = block.free_bases;
+    for (size_t i = 0; i < count; ++i) {
+      const Bits free = permuted(block.free, labels[i]);
+      for (size_t word = 0; word < 4; ++word) fits[word] &= free[word];
+    }
+    for (uint32_t word = 0; word < 4; ++word) {
+      if (fits[word] == 0) continue;
+      const uint32_t base = 64 * word + static_cast<uint32_t>(__builtin_ctzll(fits[word]));
+      block.free_bases[word] &= ~(1ull << base % 64);
+      for (size_t i = 0; i < count; ++i) {
+        const uint32_t cell = base ^ labels[i];
+        block.free[cell / 64] &= ~(1ull << cell % 64);
+      }
+      block.unused -= static_cast<uint32_t>(count);
+      return static_cast<int>(base);
+    }
+    ++block.refusals;
+    return -1;
+  }
+
+  std::vector<Block> blocks_;
+  std::vector<uint32_t> open_;
+};
+
+// bases[node], kByteCells for leaves. Nodes with many children come first; those with one fill every hole.
+std::vector<uint32_t> place_nodes(const Trie& trie, size_t first_node, size_t& cells) {
+  std::vector<uint32_t> bases(trie.nodes.size(), kByteCells);
+  std::vector<uint32_t> order(trie.nodes.size() - first_node);
+  std::iota(order.begin(), order.end(), static_cast<uint32_t>(first_node));
+  std::stable_sort(order.begin(), order.end(),
+                   [&](uint32_t a, uint32_t b) { return trie.nodes[a].children > trie.nodes[b].children; });
+  Placement placement;
+  bool is_single = false;
+  for (const uint32_t node : order) {
+    const Trie::Node& parent = trie.nodes[node];
+    if (parent.children == 0) break;
+    if (parent.children == 1 && !std::exchange(is_single, true)) placement.reopen();
+    bases[node] = placement.place(trie.labels.data() + parent.first_child, parent.children);
+  }
+  cells = placement.cells();
+  return bases;
+}
+
+}  // namespace
+
+std::vector<MatchCell> build_match_table(const Vocabulary& vocabulary) {
+  const Trie trie = build_trie(vocabulary);
+  const Trie::Node& root = trie.nodes[0];
+  const size_t first_pair = root.first_child + root.children;  // the first node of two bytes
+  size_t count = 0;
+  const std::vector<uint32_t> bases = place_nodes(trie, first_pair, count);
+
+  std::vector<MatchCell> cells(count, MatchCell{kByteCells, 0, kNoLabel});
+  for (uint32_t first = 0; first < 256; ++first) {  // every byte is a token
+    const Trie::Node& node = trie.nodes[root.first_child + first];
+    cells[kByteCells + first].id = node.id;
+    for (uint32_t second = 0; second < 256; ++second) cells[first | second << 8] = {kByteCells, node.id, 1};
+    for (uint32_t i = node.first_child; i < node.first_child + node.children; ++i) {
+      MatchCell& pair = cells[first | static_cast<uint32_t>(trie.labels[i]) << 8];
+      pair.base = bases[i];
+      if (trie.nodes[i].id != 0) pair = {bases[i], trie.nodes[i].id, 2};
+    }
+  }
+  for (size_t parent = first_pair; parent < trie.nodes.size(); ++parent) {
+    const Trie::Node& node = trie.nodes[parent];
+    for (uint32_t i = node.first_child; i < node.first_child + node.children; ++i) {
+      cells[bases[parent] ^ trie.labels[i]] = {bases[i], trie.nodes[i].id, trie.labels[i]};
+    }
+  }
+  return cells;
+}
+
+}  // namespace rwkv

@@ -1,0 +1,176 @@
+"""Encoding against its definition, the longest token at each position, in twenty lines of Python."""
+
+import random
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rwkv_ext.tokenizer import WorldTokenizer
+from rwkv_ext.vocabulary import WORLD
+
+
+class LongestMatch:
+    """The definition: `tokens` maps bytes to ids."""
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+        self.prefixes = {token[:length] for token in tokens for length in range(1, len(token) + 1)}
+
+    def encode(self, data):
+        ids, start = [], 0
+        while start < len(data):
+            end = best = start + 1
+            while end <= len(data) and data[start:end] in self.prefixes:
+                if data[start:end] in self.tokens:
+                    best = end
+                end += 1
+            ids.append(self.tokens[data[start:best]])
+            start = best
+        return ids
+
+
+@pytest.fixture(scope="module")
+def tokens(world):
+    return [world.decode_bytes([id]) for id in range(1, 65530)]
+
+
+@pytest.fixture(scope="module")
+def definition(tokens):
+    return LongestMatch({token: id for id, token in enumerate(tokens, 1)})
+
+
+def check(tokenizer, definition, data):
+    ids = tokenizer.encode_array(data)
+    assert ids.dtype == np.uint16 and ids.flags.owndata is False
+    assert ids.tolist() == definition.encode(data)
+
+
+def check_all(tokenizer, definition, cases):
+    for data in cases:
+        assert tokenizer.encode_bytes(data) == definition.encode(data), data
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=700))
+def test_any_bytes(world, definition, data):
+    check(world, definition, data)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=300))
+def test_any_text(world, definition, text):
+    check(world, definition, text.encode())
+    assert world.encode(text) == definition.encode(text.encode())
+
+
+def test_concatenations_of_two_tokens(world, definition, tokens):
+    rng = random.Random(1)
+    check_all(world, definition, (rng.choice(tokens) + rng.choice(tokens) for _ in range(20000)))
+
+
+def test_every_token_and_a_byte(world, definition, tokens):
+    rng = random.Random(2)
+    check_all(world, definition, (token + bytes([rng.randrange(256)]) for token in tokens))
+    for token in rng.sample(tokens, 60):
+        check_all(world, definition, (token + bytes([byte]) for byte in range(256)))
+
+
+def test_every_prefix_of_every_token(world, definition):
+    # All in one text as well, where each is a part of something longer.
+    prefixes = sorted(definition.prefixes)
+    check_all(world, definition, prefixes)
+    check(world, definition, b"".join(prefixes))
+
+
+@pytest.mark.parametrize("piece", [b" ", b"=", b"#", b"- ", b"\n", b"\0", "\u3042".encode(), b"a", b"\xff"], ids=repr)
+def test_runs_of_any_length(world, definition, piece):
+    lengths = [*range(300), 335, 336, 337, 1023, 1024, 1025, 1087, 1088, 1089, 1152, 5000, 65536, 65537]
+    check_all(world, definition, (piece * length for length in lengths))
+    check_all(world, definition, (b"x" * 70 + piece * length + b"word. " * 30 for length in lengths[-12:]))
+
+
+def test_segments_about_as_long_as_a_memo_entry(world, definition):
+    # Letters and a dot: a segment each. Every length twice, so that the second time it is known; zeros at its end
+    # are told from the zeros behind a shorter one.
+    rng = random.Random(3)
+    for letters in (b"abcdefgh", b"zqxj", b"\0\1", "\u0431\u0438".encode(), b" =#-"):
+        words = [bytes(rng.choices(letters, k=length)) for length in range(1, 40) for _ in range(5)]
+        words += [word + b"\0" * zeros for word in words[:40] for zeros in range(1, 4)]
+        check(world, definition, b".".join(words * 2))
+        check_all(world, definition, words)
+
+
+@pytest.mark.parametrize("where", range(0, 200, 7))
+def test_texts_of_every_length(world, definition, where):
+    # Blocks, pieces and the copy of a text's end meet at other places for each.
+    text = WORLD.read_bytes()[40_000 + where : 40_700]
+    check_all(world, definition, (text[:length] for length in range(0, len(text), 3)))
+
+
+def test_pieces_of_a_long_text(world, definition):
+    text = WORLD.read_bytes()
+    for length in (65_000, 65_616, 65_617, 131_152, 200_000):
+        check(world, definition, text[-length:])
+
+
+def test_a_full_memo_replaces_its_entries(world, definition):
+    # Far more different words than it holds, each seen again after it was replaced.
+    rng = random.Random(4)
+    words = [bytes(rng.choices(b"abcdefghij", k=rng.randrange(3, 17))) for _ in range(60_000)]
+    expected = [id for word in words for id in definition.encode(b" " + word)]
+    text = b" " + b" ".join(words)
+    for _ in range(2):
+        assert world.encode_array(text).tolist() == expected
+
+
+def test_threads_encode_different_texts_at_once(world, definition):
+    text = WORLD.read_bytes()
+    parts = [text[start : start + 60_000] for start in range(0, 600_000, 60_000)]
+    expected = [definition.encode(part) for part in parts]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(5):
+            results = list(pool.map(world.encode_array, parts))
+            assert [ids.tolist() for ids in results] == expected
+
+
+def write_vocabulary(path, tokens):
+    path.write_text("".join(f"{id} {token!r} {len(token)}\n" for token, id in tokens.items()), encoding="utf-8")
+    return WorldTokenizer(path)
+
+
+def test_small_vocabularies(tmp_path):
+    # Few letters, so that tokens overlap in every way; ids in any order; tokens up to the longest allowed.
+    rng = random.Random(5)
+    for number in range(40):
+        letters = bytes(rng.sample(range(256), rng.choice((1, 2, 3, 8))))
+        found = {bytes([byte]) for byte in range(256)}
+        for _ in range(rng.choice((0, 5, 60, 400))):
+            found.add(bytes(rng.choices(letters, k=rng.choice((2, 3, 4, 9, 40, 255)))))
+        tokens = dict(zip(found, rng.sample(range(1, 65536), len(found)), strict=True))
+        tokenizer = write_vocabulary(tmp_path / f"{number}.txt", tokens)
+        definition = LongestMatch(tokens)
+        alphabet = letters + bytes(rng.sample(range(256), 2))
+        lengths = (0, 1, 2, 3, 15, 16, 17, 90, 400, 3000)
+        check_all(tokenizer, definition, (bytes(rng.choices(alphabet, k=length)) for length in lengths * 2))
+        check_all(tokenizer, definition, found)
+
+
+def test_a_vocabulary_where_no_pair_is_a_boundary(tmp_path):
+    # Every pair of bytes is a token: 65536 - 1 ids hold the 256 bytes and all pairs but 257.
+    pairs = [bytes([first, second]) for first in range(256) for second in range(256)]
+    tokens = [bytes([byte]) for byte in range(256)] + pairs[: 65535 - 256]
+    tokens = {token: id for id, token in enumerate(tokens, 1)}
+    tokenizer, definition = write_vocabulary(tmp_path / "pairs.txt", tokens), LongestMatch(tokens)
+    rng = random.Random(6)
+    for length in (1, 17, 80, 1100, 1101, 70_000):
+        check(tokenizer, definition, rng.randbytes(length))
+
+
+def test_lists_share_no_state(world):
+    first = world.encode("Today is")
+    first[0] = 7
+    assert world.encode("Today is") == [33520, 4600]
+    assert world.encode_bytes(b"") == [] and world.encode_array(b"").tolist() == []
