@@ -222,13 +222,26 @@ class BinidxWriter:
 
     def add_document(self, ids) -> None:
         """Append one document: integers 0 to 65535 in one dimension. Refused ids change nothing."""
-        ids = self._check(ids)
+        self._check_open("add_document")
+        ids = _uint16(ids, "add_document", MAX_DOCUMENT)
+        self._add(ids, [len(ids)])
+
+    def add_documents(self, ids, sizes) -> None:
+        """Append documents whose ids stand back to back, sizes [n] tokens each. What is refused changes nothing."""
+        self._check_open("add_documents")
+        ids, sizes = _uint16(ids, "add_documents"), np.asarray(sizes, dtype=np.int64)
+        if sizes.ndim != 1 or sizes.sum() != len(ids) or ((sizes < 0) | (sizes > MAX_DOCUMENT)).any():
+            need = f"one dimension, 0 to {MAX_DOCUMENT} each, that add up to the {len(ids)} ids"
+            raise ValueError(f"add_documents: sizes must have {need}, got {sizes.sum()} in shape {sizes.shape}")
+        self._add(ids, sizes)
+
+    def _add(self, ids: np.ndarray, sizes) -> None:
         try:
             self._file.write(ids.data)
         except BaseException as error:
             self._abandon(error)
             raise
-        self._sizes.append(len(ids))
+        self._sizes.extend(sizes)
         self.n_tokens += len(ids)
 
     def close(self) -> None:
@@ -273,21 +286,6 @@ class BinidxWriter:
                 advice = "choose another name, remove it or overwrite it"
                 raise FileExistsError(f"{path}: already exists; {advice}")
 
-    def _check(self, ids) -> np.ndarray:
-        self._check_open("add_document")
-        ids = np.asarray(ids)
-        if ids.size == 0:
-            ids = ids.astype(np.uint16)  # an empty list has no type
-        if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            got = f"{ids.dtype} of shape {ids.shape}"
-            raise TypeError(f"add_document: ids must be integers in one dimension, got {got}")
-        if len(ids) > MAX_DOCUMENT:
-            got = f"{len(ids)}; split the document"
-            raise ValueError(f"add_document: ids must be at most {MAX_DOCUMENT} tokens, got {got}")
-        if ids.dtype != np.uint16 and ids.size and (ids.min() < 0 or ids.max() > 65535):
-            raise ValueError(f"add_document: ids must be 0 to 65535, got {ids.min()} to {ids.max()}")
-        return np.ascontiguousarray(ids, dtype="<u2")
-
     def _check_open(self, where: str) -> None:
         if self._file.closed:
             advice = "it was closed or it failed; open a new one"
@@ -313,6 +311,19 @@ class BinidxWriter:
             advice = "nothing was kept: make room on the disk and run it again"
             message = f"cannot write {place}: {error.strerror}; {advice}"
             raise OSError(error.errno, message, str(self.bin_path)) from error
+
+
+def _uint16(ids, where: str, most: int | None = None) -> np.ndarray:
+    ids = np.asarray(ids)
+    if ids.size == 0:
+        ids = ids.astype(np.uint16)  # an empty list has no type
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise TypeError(f"{where}: ids must be integers in one dimension, got {ids.dtype} of shape {ids.shape}")
+    if most is not None and len(ids) > most:
+        raise ValueError(f"{where}: ids must be at most {most} tokens, got {len(ids)}; split the document")
+    if ids.dtype != np.uint16 and ids.size and (ids.min() < 0 or ids.max() > 65535):
+        raise ValueError(f"{where}: ids must be 0 to 65535, got {ids.min()} to {ids.max()}")
+    return np.ascontiguousarray(ids, dtype="<u2")
 
 
 def _sync_and_close(file) -> None:

@@ -1,12 +1,15 @@
-"""rwkv-ext data: build a shard from text, describe shards, check them."""
+"""rwkv-ext data: build a shard from text; describe, check, read, merge and split shards."""
 
 import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from rwkv_ext.data.binidx import BinidxReader, shard_files
 from rwkv_ext.data.build import build, prime_lines
 from rwkv_ext.data.documents import INVALID_UTF8
+from rwkv_ext.data.shards import hold_out, merge, split_evenly
 from rwkv_ext.tokenizer import WorldTokenizer
 
 BUILD_HELP = """Write OUT.bin and OUT.idx: one document for each line of a .jsonl file and for each text file,
@@ -37,6 +40,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if function is _check:
             _add_vocabulary(command)
         command.set_defaults(run_action=function)
+    _add_sample(actions)
+    _add_merge(actions)
+    _add_split(actions)
+
+
+def _add_sample(actions) -> None:
+    summary = "print documents drawn from shards, decoded"
+    command = actions.add_parser("sample", help=summary, description=summary.capitalize() + ".")
+    command.add_argument("prefixes", nargs="+", metavar="PREFIX", help="a name without .bin and .idx")
+    command.add_argument("--documents", type=int, default=3, metavar="N", help="how many of each shard (default: 3)")
+    command.add_argument("--tokens", type=int, default=200, metavar="N", help="of each, at most (default: 200)")
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="another seed draws others (default: 0)")
+    _add_vocabulary(command)
+    command.set_defaults(run_action=_sample)
+
+
+def _add_merge(actions) -> None:
+    summary = "write the documents of several shards to one"
+    command = actions.add_parser("merge", help=summary, description=summary.capitalize() + ", in the order given.")
+    command.add_argument("inputs", nargs="+", metavar="IN", help="a shard's name without .bin and .idx")
+    command.add_argument("out", metavar="OUT", help="the new shard's name")
+    command.add_argument("--overwrite", action="store_true", help="replace the shard OUT if it exists")
+    command.set_defaults(run_action=_merge)
+
+
+def _add_split(actions) -> None:
+    summary = "write the documents of one shard to several"
+    command = actions.add_parser("split", help=summary, description=summary.capitalize() + "; none is cut.")
+    command.add_argument("prefix", metavar="IN", help="a shard's name without .bin and .idx")
+    command.add_argument("out", metavar="OUT", help="the new shards' names begin with it")
+    way = command.add_mutually_exclusive_group(required=True)
+    way.add_argument("--parts", type=int, metavar="N", help="OUT-00000-of-N and so on, about as many tokens in each")
+    way.add_argument("--hold-out", type=float, metavar="SHARE", help="OUT-train, OUT-holdout: each document by chance")
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of --hold-out (default: 0)")
+    command.add_argument("--overwrite", action="store_true", help="replace shards that exist")
+    command.set_defaults(run_action=_split)
 
 
 def _add_vocabulary(command: argparse.ArgumentParser) -> None:
@@ -92,6 +131,39 @@ def _check(args) -> int:
         print("no fault found")
 
     return _each(args.prefixes, check)
+
+
+def _sample(args) -> int:
+    tokenizer = WorldTokenizer(args.vocabulary)
+    for name in ("documents", "tokens"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be 1 or more, got {getattr(args, name)}")
+    if args.seed < 0:
+        raise ValueError(f"--seed must be 0 or more, got {args.seed}")
+
+    def show(reader: BinidxReader) -> None:
+        count = min(args.documents, reader.n_documents)
+        for index in sorted(np.random.default_rng(args.seed).choice(reader.n_documents or 1, count, replace=False)):
+            ids = reader.document(int(index))
+            print(f"--- {reader.prefix}, document {index:,} of {reader.n_documents:,}, {len(ids):,} tokens")
+            print(tokenizer.decode(ids[: args.tokens]))
+
+    return _each(args.prefixes, show)
+
+
+def _merge(args) -> int:
+    _describe(merge(args.inputs, args.out, args.overwrite))
+    return 0
+
+
+def _split(args) -> int:
+    if args.parts is not None:
+        readers = split_evenly(args.prefix, args.out, args.parts, args.overwrite)
+    else:
+        readers = hold_out(args.prefix, args.out, args.hold_out, args.seed, args.overwrite)
+    for reader in readers:
+        print(f"{reader.prefix}  {reader.n_documents:,} documents, {reader.n_tokens:,} tokens")
+    return 0
 
 
 def _describe(reader: BinidxReader) -> None:
