@@ -147,13 +147,15 @@ class Checks {
   const char* like_name_;
 };
 
-inline Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
+inline Dtype dtype_of(ScalarType dtype) {
+  switch (dtype) {
     case ScalarType::Double: return Dtype::kFloat64;
     case ScalarType::BFloat16: return Dtype::kBFloat16;
     case ScalarType::Half: return Dtype::kFloat16;
     default: return Dtype::kFloat32;  // the checks have refused everything else
   }
 }
+
+inline Dtype dtype_of(const Tensor& x) { return dtype_of(x.scalar_type()); }
 
 }  // namespace rwkv

@@ -59,6 +59,21 @@ struct HeadNormParams {
   void* partial = nullptr;  // [blocks of rows, 2, H * N]: shares of the gradients of weight and bias
 };
 
+// s = x + delta, out = weight (s - mean) / sqrt(var + eps) + bias, mean and var over a row's D elements. Without delta
+// s is x and is not written; backward takes s as x.
+struct LayerNormParams {
+  Dtype stream_dtype = Dtype::kFloat32;  // of x, the sum and their gradients: dtype, or fp32 beside 16 bits
+  Dtype dtype = Dtype::kFloat32;         // of delta, out and their gradients
+  int64_t rows = 0, width = 0;
+  double eps = 0;
+  const void *x = nullptr, *delta = nullptr;      // [rows, D]
+  const void *weight = nullptr, *bias = nullptr;  // [D], fp32 (fp64)
+  void *sum = nullptr, *out = nullptr;            // [rows, D]
+  const void *dout = nullptr, *dsum = nullptr;    // [rows, D]; dsum may be nullptr: zeros
+  void *dx = nullptr, *ddelta = nullptr;          // [rows, D]; ddelta may be nullptr: not wanted
+  void* partial = nullptr;                        // [blocks of rows, 2, D]: shares of the weight's and bias's gradients
+};
+
 // Element by element over `count` of them: a squared ReLU of a, or sigmoid(a) b; with dout, their gradients.
 struct PointwiseParams {
   Dtype dtype = Dtype::kFloat32;

@@ -59,6 +59,10 @@ STABLE_TORCH_LIBRARY(rwkv_ext, m) {
   m.def("head_norm_gate(Tensor y, Tensor weight, Tensor bias, Tensor gate, float eps) -> Tensor");
   m.def("head_norm_gate_backward(Tensor dout, Tensor y, Tensor weight, Tensor bias, Tensor gate, float eps) "
         "-> (Tensor dy, Tensor dweight, Tensor dbias, Tensor dgate)");
+  m.def("add_layer_norm(Tensor x, Tensor? delta, Tensor weight, Tensor bias, float eps, ScalarType dtype) "
+        "-> (Tensor sum, Tensor normal)");
+  m.def("add_layer_norm_backward(Tensor dnormal, Tensor? dsum, Tensor sum, Tensor weight, float eps, "
+        "bool needs_ddelta) -> (Tensor dx, Tensor ddelta, Tensor dweight, Tensor dbias)");
   m.def("squared_relu(Tensor x) -> Tensor");
   m.def("squared_relu_backward(Tensor dout, Tensor x) -> Tensor");
   m.def("sigmoid_gate(Tensor gate, Tensor x) -> Tensor");

@@ -9,6 +9,8 @@ shift_mix           a list of C tensors [B, T, D]: base + (other - base) (weight
                     [B, T, D] and other the token before (last [B or sequences, D], zeros if None, before the first), or
                     the reverse if weighs_current; weights [C, D] fp32 or h's dtype; low C tensors [B, T, D], or none
 head_norm_gate      [M, H * N]: each head of y [M, H, N] normalised, times weight, plus bias, times silu(gate)
+add_layer_norm      (x + delta in x's dtype, its layer norm in `dtype`), both of x's shape [..., D]; delta, in `dtype`,
+                    may be None, and the sum is then empty; dtype is x's own or, beside an fp32 x, a 16-bit one
 squared_relu        relu(x) ** 2
 sigmoid_gate        sigmoid(gate) * x
 accumulate          total, fp32 (fp64), becomes part, or total + part unless first; part of any dtype
@@ -72,6 +74,33 @@ def _head_norm_gate_gradient(ctx, dout):
     return *torch.ops.rwkv_ext.head_norm_gate_backward(dout, *ctx.saved_tensors, ctx.eps), None
 
 
+def _add_layer_norm_fake(x, delta, weight, bias, eps, dtype):
+    return x.new_empty(0 if delta is None else x.shape), x.new_empty(x.shape, dtype=dtype)
+
+
+def _add_layer_norm_backward_fake(dnormal, dsum, stream, weight, eps, needs_ddelta):
+    ddelta = dnormal.new_empty(stream.shape if needs_ddelta else 0)
+    return stream.new_empty(stream.shape), ddelta, *(weight.new_empty(weight.shape) for _ in range(2))
+
+
+def _add_layer_norm_save(ctx, inputs, output):
+    x, delta, weight, _, ctx.eps, ctx.dtype = inputs
+    ctx.has_delta = delta is not None
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[0] if ctx.has_delta else x, weight)
+
+
+def _add_layer_norm_gradient(ctx, dsum, dnormal):
+    stream, weight = ctx.saved_tensors
+    if dnormal is None:
+        dnormal = stream.new_zeros(stream.shape, dtype=ctx.dtype)
+    own_dtype = ctx.dtype == stream.dtype  # delta's gradient is then x's
+    dx, ddelta, dweight, dbias = torch.ops.rwkv_ext.add_layer_norm_backward(
+        dnormal, dsum if ctx.has_delta else None, stream, weight, ctx.eps, ctx.has_delta and not own_dtype
+    )
+    return dx, (dx if own_dtype else ddelta) if ctx.has_delta else None, dweight, dbias, None, None
+
+
 def _save_all(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
@@ -103,6 +132,13 @@ _DIFFERENTIABLE = {
         _head_norm_gate_save,
         _head_norm_gate_gradient,
         ("y", "gate"),
+    ),
+    "add_layer_norm": (
+        _add_layer_norm_fake,
+        _add_layer_norm_backward_fake,
+        _add_layer_norm_save,
+        _add_layer_norm_gradient,
+        (),  # dtype says it
     ),
     "squared_relu": (
         _contiguous_like,

@@ -37,9 +37,15 @@ def plain_head_norm_gate(y, weight, bias, gate, eps):
     return (F.layer_norm(y, y.shape[-1:], eps=eps).flatten(1) * weight + bias) * F.silu(gate)
 
 
+def plain_add_layer_norm(x, delta, weight, bias, eps, dtype):
+    total = x if delta is None else x + delta
+    return x.flatten()[:0] if delta is None else total, F.layer_norm(total, x.shape[-1:], weight, bias, eps)
+
+
 PLAIN = {
     "shift_mix": plain_mix,
     "head_norm_gate": plain_head_norm_gate,
+    "add_layer_norm": plain_add_layer_norm,
     "squared_relu": lambda x: torch.relu(x).square(),
     "sigmoid_gate": lambda gate, x: torch.sigmoid(gate) * x,
 }
@@ -75,6 +81,13 @@ def head_norm_inputs(dtype=torch.float64, rows=70, heads=2, size=19, wide_weight
     return [y, randn(width, seed=2, dtype=real), randn(width, seed=3, dtype=real), gate, 64e-5]
 
 
+def layer_norm_inputs(dtype=torch.float64, delta=True, shape=(2, 35, 37), wide_weights=False):
+    weight, bias = (randn(shape[-1], seed=seed, dtype=torch.float32 if wide_weights else dtype) for seed in (2, 3))
+    # Whole quarters: their sum is exact in every dtype.
+    x, added = ((4 * randn(*shape, seed=seed)).round().div(4).to(dtype) for seed in (0, 1))
+    return [x, added if delta else None, weight, bias, 1e-5, dtype]
+
+
 def pointwise_inputs(dtype=torch.float64, arguments=2):
     return [2 * randn(13, 1301, seed=seed, dtype=dtype) for seed in range(arguments)]
 
@@ -90,10 +103,14 @@ CASES = {
     "norm-whole-lanes": ("head_norm_gate", dict(size=64)),
     "norm-one": ("head_norm_gate", dict(size=1, heads=3)),
     "norm-wide-weights": ("head_norm_gate", dict(wide_weights=True)),
+    "add": ("add_layer_norm", {}),
+    "add-whole-lanes": ("add_layer_norm", dict(shape=(70, 128))),
+    "add-nothing": ("add_layer_norm", dict(delta=False)),
+    "add-wide-weights": ("add_layer_norm", dict(wide_weights=True)),
     "relu": ("squared_relu", dict(arguments=1)),
     "gate": ("sigmoid_gate", {}),
 }
-MAKERS = {"shift_mix": mix_inputs, "head_norm_gate": head_norm_inputs}
+MAKERS = {"shift_mix": mix_inputs, "head_norm_gate": head_norm_inputs, "add_layer_norm": layer_norm_inputs}
 
 
 def make(case, dtype):
@@ -149,6 +166,8 @@ SMALL = {
     "packed": ("shift_mix", mix_inputs(cuts=[0, 2, 2, 5], width=3)),
     "current": ("shift_mix", mix_inputs(tokens=4, width=3, low=False, weighs_current=True)),
     "norm": ("head_norm_gate", head_norm_inputs(rows=3, heads=2, size=5)),
+    "add": ("add_layer_norm", layer_norm_inputs(shape=(3, 5))),
+    "add-nothing": ("add_layer_norm", layer_norm_inputs(shape=(3, 5), delta=False)),
     "relu": ("squared_relu", [randn(2, 5)]),
     "gate": ("sigmoid_gate", [randn(2, 5), randn(2, 5, seed=1)]),
 }
@@ -166,7 +185,7 @@ def test_gradcheck(case):
     assert torch.autograd.gradcheck(of, leaves)
 
 
-@pytest.mark.parametrize("case", ["mix-batch", "mix-packed", "norm", "relu", "gate"])
+@pytest.mark.parametrize("case", ["mix-batch", "mix-packed", "norm", "add", "relu", "gate"])
 def test_any_strides(case):
     name, inputs = make(case, torch.float32)
 
@@ -181,7 +200,7 @@ def test_any_strides(case):
     assert all(torch.equal(a, b) for a, b in zip(dense, strided, strict=True))
 
 
-@pytest.mark.parametrize("case", ["mix-batch", "mix-packed", "norm", "relu", "gate"])
+@pytest.mark.parametrize("case", ["mix-batch", "mix-packed", "norm", "add", "relu", "gate"])
 def test_same_bits_for_any_number_of_threads(case):
     name, inputs = make(case, torch.bfloat16)
     runs = []
@@ -207,7 +226,7 @@ def test_empty_and_short_input(shape):
     assert ops.squared_relu(torch.empty(0, 3)).shape == (0, 3)
 
 
-@pytest.mark.parametrize("case", ["mix-batch", "mix-packed", "mix-static", "norm", "relu", "gate"])
+@pytest.mark.parametrize("case", ["mix-batch", "mix-packed", "mix-static", "norm", "add-nothing", "relu", "gate"])
 def test_opcheck(case):
     name, inputs = make(case, torch.float32)
     inputs = mapped(inputs, lambda x: x.requires_grad_() if x.is_floating_point() else x)
@@ -244,6 +263,8 @@ VMAPPED = {
     "head_norm_gate_backward": lambda x: ops.head_norm_gate_backward(
         x.flatten()[None], x[None], x.flatten(), x.flatten(), x.flatten()[None], 0.0
     ),
+    "add_layer_norm": lambda x: ops.add_layer_norm(x, None, x[0], x[0], 0.0, x.dtype),
+    "add_layer_norm_backward": lambda x: ops.add_layer_norm_backward(x, None, x, x[0], 0.0, False),
     "squared_relu": lambda x: ops.squared_relu(x),
     "squared_relu_backward": lambda x: ops.squared_relu_backward(x, x),
     "sigmoid_gate": lambda x: ops.sigmoid_gate(x, x),
@@ -280,7 +301,7 @@ def test_wrong_cu_seqlens(cuts):
 
 
 H, W = torch.zeros(2, 3, 4), torch.zeros(5, 4)
-Y, A = torch.zeros(3, 2, 4), torch.zeros(8)
+Y, A, FP32 = torch.zeros(3, 2, 4), torch.zeros(8), torch.float32
 MESSAGES = {
     "integers": ("shift_mix", (H.long(), None, W, [], None, False), "h must be float32, .*, got int64"),
     "rank": ("shift_mix", (H[0], None, W, [], None, False), r"h must have 3 dimensions \[B, T, D\], got \[3, 4\]"),
@@ -297,6 +318,24 @@ MESSAGES = {
     "bias": ("head_norm_gate", (Y, A, A.half(), Y, 0.0), "bias must be float32, got float16"),
     "gate": ("head_norm_gate", (Y, A, A, Y, 0.0), r"gate must have shape \[M, H \* N\] = \[3, 8\], got \[3, 2, 4\]"),
     "gate dtype": ("head_norm_gate", (Y, A, A, Y.flatten(1).half(), 0.0), "gate must have y's dtype float32"),
+    "norm's width": (
+        "add_layer_norm",
+        (Y[..., :0], None, A, A, 0.0, FP32),
+        r"x must .* D of at least 1",
+    ),
+    "norm's weight": ("add_layer_norm", (Y, None, A, A, 0.0, FP32), r"weight must have shape \[D\] = \[4\], got \[8\]"),
+    "norm's bias": ("add_layer_norm", (Y, None, A[:4], A, 0.0, FP32), r"bias must have shape \[D\] = \[4\], got \[8\]"),
+    "norm's dtype": (
+        "add_layer_norm",
+        (Y, None, A[:4], A[:4], 0.0, torch.float64),
+        "dtype must be float32, bfloat16 or float16 beside a float32 x, got float64",
+    ),
+    "delta": ("add_layer_norm", (Y, H, A[:4], A[:4], 0.0, FP32), "delta must have the shape of x"),
+    "delta dtype": (
+        "add_layer_norm",
+        (Y, Y, A[:4], A[:4], 0.0, torch.bfloat16),
+        "delta must have the result's dtype bfloat16, got float32",
+    ),
     "x": ("sigmoid_gate", (Y, H), r"x must have the shape of gate \[3, 2, 4\], got \[2, 3, 4\]"),
     "x dtype": ("squared_relu", (A.long(),), "x must be float32, .*, got int64"),
 }

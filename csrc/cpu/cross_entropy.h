@@ -59,19 +59,7 @@ void cross_entropy_row(const CrossEntropyParams& p, int64_t row, Real<E>* exps) 
     put(exps, place, e);
     return e;
   };
-  constexpr int64_t kTogether = 4;  // sums that do not wait for each other
-  Lanes<T> sums[kTogether] = {};
-  int64_t i = 0;
-  for (; i + kTogether * kLanes<T> <= p.vocab; i += kTogether * kLanes<T>)
-#pragma GCC unroll 4
-    for (int64_t n = 0; n < kTogether; ++n) sums[n] += exponentials(Whole{i + n * kLanes<T>});
-  for (; i + kLanes<T> <= p.vocab; i += kLanes<T>) sums[0] += exponentials(Whole{i});
-  T rest = 0;
-  if (i < p.vocab) {
-    const Lanes<T> e = exponentials(Rest{i, p.vocab - i});
-    for (int64_t lane = 0; lane < p.vocab - i; ++lane) rest += e[lane];
-  }
-  const T total = sum<T>((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
+  const T total = sum_over_lanes<T>(p.vocab, exponentials);
   static_cast<T*>(p.loss)[row] = (largest - picked) + std::log(total);
   if (!p.overwrite) return;
   const int64_t at = p.l2wrap != 0 ? first_place_of(z, p.vocab, found) : 0;

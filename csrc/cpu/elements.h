@@ -178,6 +178,24 @@ template <class T, class Body>
   if (at < size) body(Rest{at, size - at});
 }
 
+// The sum of value(place) over a row of `size` elements, in chains that do not wait for each other.
+template <class T, class Value>
+[[gnu::always_inline]] inline T sum_over_lanes(int64_t size, const Value& value) {
+  constexpr int64_t kChains = 4;
+  Lanes<T> sums[kChains] = {};
+  int64_t at = 0;
+  for (; at + kChains * kLanes<T> <= size; at += kChains * kLanes<T>)
+#pragma GCC unroll 4
+    for (int64_t n = 0; n < kChains; ++n) sums[n] += value(Whole{at + n * kLanes<T>});
+  for (; at + kLanes<T> <= size; at += kLanes<T>) sums[0] += value(Whole{at});
+  T rest = 0;  // what value() gives beyond the row's end does not count
+  if (at < size) {
+    const Lanes<T> last = value(Rest{at, size - at});
+    for (int64_t lane = 0; lane < size - at; ++lane) rest += last[lane];
+  }
+  return sum<T>((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
+}
+
 template <class E>
 inline Real<E> get_one(const E* at) {
   return get(at, Rest{0, 1})[0];

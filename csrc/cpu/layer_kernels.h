@@ -15,6 +15,10 @@ struct LayerKernels {
   void (*head_norm_gate)(const HeadNormParams&, int64_t begin, int64_t end, void* scratch);
   // Of one block of kPartialRows rows; scratch has room for two.
   void (*head_norm_gate_backward)(const HeadNormParams&, int64_t block, void* scratch);
+  // scratch has room for a row.
+  void (*add_layer_norm)(const LayerNormParams&, int64_t begin, int64_t end, void* scratch);
+  // Of one block of kPartialRows rows; scratch has room for two.
+  void (*add_layer_norm_backward)(const LayerNormParams&, int64_t block, void* scratch);
   void (*squared_relu)(const PointwiseParams&, int64_t begin, int64_t end);
   void (*squared_relu_backward)(const PointwiseParams&, int64_t begin, int64_t end);
   void (*sigmoid_gate)(const PointwiseParams&, int64_t begin, int64_t end);

@@ -14,6 +14,7 @@ from .channel_mix import ChannelMix
 from .config import EAGLE, RWKVConfig
 from .projection import Projection, TokenEmbedding
 from .quantized import QuantizedProjection
+from .residual_norm import ResidualNorm
 from .state import RWKVState
 from .time_mix import EagleTimeMix, FinchTimeMix, HeadNorm
 
@@ -48,7 +49,7 @@ def weight_names(config: RWKVConfig) -> list[str]:
 
 # Whose forward the op knows; adapters, parametrizations and the like are others.
 _MODULES = (
-    *(nn.ModuleList, nn.LayerNorm, Block, EagleTimeMix, FinchTimeMix, ChannelMix, HeadNorm),
+    *(nn.ModuleList, nn.LayerNorm, ResidualNorm, Block, EagleTimeMix, FinchTimeMix, ChannelMix, HeadNorm),
     *(Projection, QuantizedProjection, TokenEmbedding),
 )
 

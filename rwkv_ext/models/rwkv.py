@@ -18,6 +18,7 @@ from .block import Block
 from .config import RWKVConfig
 from .fused_step import FusedStep
 from .projection import Projection, TokenEmbedding
+from .residual_norm import ResidualNorm
 from .state import RWKVState
 from .token_shift import Packing
 
@@ -40,7 +41,7 @@ class RWKV(nn.Module):
         self._fused: FusedStep | None = None
         self.emb = TokenEmbedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_out = nn.LayerNorm(config.n_embd)
+        self.ln_out = ResidualNorm(config.n_embd)
         self.head = Projection(config.n_embd, config.vocab_size)
         if not self.emb.weight.is_meta:
             self.init_weights()
@@ -84,14 +85,14 @@ class RWKV(nn.Module):
             batch = self._check_cu_seqlens(cu_seqlens, tokens)
             packing = Packing.of(cu_seqlens, tokens.shape[1])
         att_shift, wkv, ffn_shift = self._layer_states(state, batch)
-        x = self.emb(tokens)
+        x, delta = self.emb(tokens), None
         ends = []
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
-            inputs = (x, att_shift[layer], wkv[layer], ffn_shift[layer], packing)
-            x, *end = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
+            inputs = (x, delta, att_shift[layer], wkv[layer], ffn_shift[layer], packing)
+            x, delta, *end = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
             ends.append(end)
-        return self.ln_out(x), RWKVState(*(torch.stack(parts) for parts in zip(*ends, strict=True)))
+        return self.ln_out(x, delta)[1], RWKVState(*(torch.stack(parts) for parts in zip(*ends, strict=True)))
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: RWKVState) -> Tensor:
@@ -113,7 +114,7 @@ class RWKV(nn.Module):
     def _plain_step(self, x: Tensor, state: RWKVState) -> Tensor:
         for layer, block in enumerate(self.blocks):
             x = block.step(x, state.att_shift[layer], state.wkv[layer], state.ffn_shift[layer])
-        return self.head(self.ln_out(x))
+        return self.head(self.ln_out(x)[1])
 
     def _fused_step(self) -> FusedStep | None:
         """Return how to take a step in one op, made anew where modules have been replaced; None: not from here."""
