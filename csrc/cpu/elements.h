@@ -178,6 +178,23 @@ template <class T, class Body>
   if (at < size) body(Rest{at, size - at});
 }
 
+// Calls body(places) for all lanes of a row of `size` elements, with an array of four places or of one: for chains of
+// operations that go side by side.
+template <class T, class Body>
+[[gnu::always_inline]] inline void for_lanes_together(int64_t size, const Body& body) {
+  constexpr int64_t kMany = 4;
+  int64_t at = 0;
+  for (; at + kMany * kLanes<T> <= size; at += kMany * kLanes<T>) {
+    const Whole places[kMany] = {{at}, {at + kLanes<T>}, {at + 2 * kLanes<T>}, {at + 3 * kLanes<T>}};
+    body(places);
+  }
+  for_lanes<T>(size - at, [&](auto place) __attribute__((always_inline)) {
+    place.at += at;
+    const decltype(place) places[1] = {place};
+    body(places);
+  });
+}
+
 // The sum of value(place) over a row of `size` elements, in chains that do not wait for each other.
 template <class T, class Value>
 [[gnu::always_inline]] inline T sum_over_lanes(int64_t size, const Value& value) {

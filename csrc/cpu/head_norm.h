@@ -5,10 +5,20 @@
 //   dn = do weight,   dy = (dn - mean(dn) - n mean(dn n)) / sqrt(var + eps)
 // Included after elements.h, inside namespace rwkv::RWKV_ISA.
 
-template <class T>
-inline Lanes<T> sigmoid_of(Lanes<T> x) {
-  return T(1) / (T(1) + exp_of(-x));
-}
+// sigmoid(x) of the places' elements.
+template <class E, class Place, int kMany>
+struct Sigmoids {
+  Lanes<Real<E>> x[kMany], s[kMany];
+
+  [[gnu::always_inline]] Sigmoids(const E* row, const Place (&places)[kMany]) {
+    using T = Real<E>;
+#pragma GCC unroll 4
+    for (int m = 0; m < kMany; ++m) x[m] = get(row, places[m]), s[m] = -x[m];
+    exp_all(s);
+#pragma GCC unroll 4
+    for (int m = 0; m < kMany; ++m) s[m] = T(1) / (T(1) + s[m]);
+  }
+};
 
 // Sums over the elements of a head: whole lanes, and a rest that must not count the lanes beyond it.
 template <class T>
@@ -51,10 +61,12 @@ void head_norm_gate_row(const HeadNormParams& p, int64_t row, Real<E>* n) {
   E* out = static_cast<E*>(p.out) + row * width;
   for (int64_t head = 0; head < p.heads; ++head)
     normalise_head(p, y + head * p.head_size, n + head * p.head_size);
-  for_lanes<T>(width, [&](auto place) {
-    const Lanes<T> g = get(gate, place);
-    const Lanes<T> o = get(weight, place) * get<T>(n, place) + get(bias, place);
-    put(out, place, o * (g * sigmoid_of<T>(g)));
+  for_lanes_together<T>(width, [=](const auto& places) {
+    const Sigmoids gates(gate, places);
+    for (size_t m = 0; m < std::size(places); ++m) {
+      const Lanes<T> o = get(weight, places[m]) * get<T>(n, places[m]) + get(bias, places[m]);
+      put(out, places[m], o * (gates.x[m] * gates.s[m]));
+    }
   });
 }
 
@@ -78,16 +90,20 @@ void head_norm_gate_row_backward(const HeadNormParams& p, int64_t row, Real<E>* 
     const int64_t at = head * size;
     const T scale = normalise_head(p, y + at, n + at);
     HeadSum<T> sum, dot;
-    for_lanes<T>(size, [&](auto place) {
-      const Lanes<T> g = get(gate + at, place), s = sigmoid_of<T>(g), normal = get<T>(n + at, place);
-      const Lanes<T> upper = get(dout + at, place), scaled = get(weight + at, place);
-      const Lanes<T> inner = upper * (g * s), passed = inner * scaled;
-      put(dgate + at, place, upper * (scaled * normal + get(bias + at, place)) * (s * (T(1) + g * (T(1) - s))));
-      put(dweight + at, place, get<T>(dweight + at, place) + inner * normal);
-      put(dbias + at, place, get<T>(dbias + at, place) + inner);
-      put(dn + at, place, passed);
-      sum.add(place, passed);
-      dot.add(place, passed * normal);
+    for_lanes_together<T>(size, [&](const auto& places) {
+      const Sigmoids gates(gate + at, places);
+      for (size_t m = 0; m < std::size(places); ++m) {
+        const auto place = places[m];
+        const Lanes<T> g = gates.x[m], s = gates.s[m], normal = get<T>(n + at, place);
+        const Lanes<T> upper = get(dout + at, place), scaled = get(weight + at, place);
+        const Lanes<T> inner = upper * (g * s), passed = inner * scaled;
+        put(dgate + at, place, upper * (scaled * normal + get(bias + at, place)) * (s * (T(1) + g * (T(1) - s))));
+        put(dweight + at, place, get<T>(dweight + at, place) + inner * normal);
+        put(dbias + at, place, get<T>(dbias + at, place) + inner);
+        put(dn + at, place, passed);
+        sum.add(place, passed);
+        dot.add(place, passed * normal);
+      }
     });
     const T mean = sum.value() / T(size), slope = dot.value() / T(size);
     for_lanes<T>(size, [&](auto place) {

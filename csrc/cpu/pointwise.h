@@ -37,21 +37,32 @@ void squared_relu_backward(const PointwiseParams& p, int64_t begin, int64_t end)
 }
 
 void sigmoid_gate(const PointwiseParams& p, int64_t begin, int64_t end) {
-  for_elements(p, begin, end, [&](auto element, auto place) {
+  for_element(p.dtype, [&](auto element) {
     using E = decltype(element);
-    const auto s = sigmoid_of<Real<E>>(get(static_cast<const E*>(p.a), place));
-    put(static_cast<E*>(p.out), place, s * get(static_cast<const E*>(p.b), place));
+    const E *gate = static_cast<const E*>(p.a) + begin, *b = static_cast<const E*>(p.b) + begin;
+    E* out = static_cast<E*>(p.out) + begin;
+    for_lanes_together<Real<E>>(end - begin, [=](const auto& places) {
+      const Sigmoids gates(gate, places);
+      for (size_t m = 0; m < std::size(places); ++m) put(out, places[m], gates.s[m] * get(b, places[m]));
+    });
   });
 }
 
 void sigmoid_gate_backward(const PointwiseParams& p, int64_t begin, int64_t end) {
-  for_elements(p, begin, end, [&](auto element, auto place) {
+  for_element(p.dtype, [&](auto element) {
     using E = decltype(element);
     using T = Real<E>;
-    const auto s = sigmoid_of<T>(get(static_cast<const E*>(p.a), place));
-    const auto dout = get(static_cast<const E*>(p.dout), place);
-    put(static_cast<E*>(p.da), place, dout * get(static_cast<const E*>(p.b), place) * (s * (T(1) - s)));
-    put(static_cast<E*>(p.db), place, dout * s);
+    const E *gate = static_cast<const E*>(p.a) + begin, *b = static_cast<const E*>(p.b) + begin;
+    const E* upper = static_cast<const E*>(p.dout) + begin;
+    E *dgate = static_cast<E*>(p.da) + begin, *db = static_cast<E*>(p.db) + begin;
+    for_lanes_together<T>(end - begin, [=](const auto& places) {
+      const Sigmoids gates(gate, places);
+      for (size_t m = 0; m < std::size(places); ++m) {
+        const Lanes<T> s = gates.s[m], dout = get(upper, places[m]);
+        put(dgate, places[m], dout * get(b, places[m]) * (s * (T(1) - s)));
+        put(db, places[m], dout * s);
+      }
+    });
   });
 }
 
