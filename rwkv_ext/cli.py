@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return importlib.import_module(SUBCOMMANDS[args.command][0]).run(args)
-    except (ValueError, TypeError, OSError, MissingLibraryError) as error:
+    except (ValueError, TypeError, OSError, ImportError, MissingLibraryError) as error:
         print(f"rwkv-ext {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -126,7 +126,7 @@ def test_folders_are_walked_in_sorted_order(tmp_path):
     ):
         found(inputs=(tmp_path / "nothing",))
     with pytest.raises(
-        ValueError, match=r"deep: the folder must hold \*.txt or \*.jsonl, got no such file; .* --include"
+        ValueError, match=r"deep: the folder must hold \*.txt, \*.jsonl .*, \*.parquet, got no such file; .* --include"
     ):
         found(inputs=(tmp_path / "b" / "deep",))
 

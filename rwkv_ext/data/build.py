@@ -13,6 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from rwkv_ext.data.binidx import BinidxWriter
 from rwkv_ext.data.documents import find_files, read_documents
+from rwkv_ext.data.input_file import STANDARD_INPUT
 from rwkv_ext.data.sampler import magic_prime
 from rwkv_ext.tokenizer import WorldTokenizer
 
@@ -75,7 +76,7 @@ def build(
     ValueError for text that is not what `read_documents` needs and for inputs without a document.
     """
     files = find_files(inputs, include)
-    sizes = [path.stat().st_size for path in files]
+    sizes = [0 if path == STANDARD_INPUT else path.stat().st_size for path in files]
     tokenizer = tokenizer or WorldTokenizer()
     summary = Summary()
     end = np.zeros(1, dtype=np.uint16)

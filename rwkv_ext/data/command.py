@@ -12,18 +12,18 @@ from rwkv_ext.data.documents import INVALID_UTF8
 from rwkv_ext.data.shards import hold_out, merge, split_evenly
 from rwkv_ext.tokenizer import WorldTokenizer
 
-BUILD_HELP = """Write OUT.bin and OUT.idx: one document for each line of a .jsonl file and for each text file,
-in the order of the inputs; a folder gives its *.txt and *.jsonl files by sorted name. Options go before IN
-or after OUT."""
+BUILD_HELP = """Write OUT.bin and OUT.idx: one document for each line of a .jsonl file, each row of a .parquet file and
+each text file, in the order of the inputs; .gz and .zst are decompressed, - is standard input (JSON lines); a folder
+gives its *.txt, *.jsonl and *.parquet files by sorted name. Options go before IN or after OUT."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     command = actions.add_parser("build", help="write OUT.bin and OUT.idx from text", description=BUILD_HELP)
     add = command.add_argument
-    add("inputs", nargs="+", metavar="IN", help="a .jsonl file, a text file or a folder")
+    add("inputs", nargs="+", metavar="IN", help="a .jsonl, .parquet or text file, a folder, or -")
     add("out", metavar="OUT", help="the shard's name without .bin and .idx")
-    add("--text-key", default="text", metavar="KEY", help="key of a .jsonl object's text (default: text)")
+    add("--text-key", default="text", metavar="KEY", help="key or column of the text (default: text)")
     add("--include", action="append", metavar="PATTERN", help="take more files of folders, such as '*.py'")
     _add_vocabulary(command)
     eod = argparse.BooleanOptionalAction
@@ -88,7 +88,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _build(args) -> int:
     out = Path(args.out)
-    is_input = out.suffix in (".txt", ".jsonl") or (out.is_file() and out.suffix not in (".bin", ".idx"))
+    is_input = out.suffix in (".txt", ".jsonl", ".gz", ".zst", ".parquet") or (
+        out.is_file() and out.suffix not in (".bin", ".idx")
+    )
     if is_input or out.is_dir():
         advice = "give it last, such as data/corpus"
         raise ValueError(f"OUT must be the name of a shard, got {out}, which looks like an input; {advice}")

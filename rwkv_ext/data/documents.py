@@ -7,7 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rwkv_ext.data.input_file import STANDARD_INPUT, InputFile, inner_suffix, optional_package
+
 INVALID_UTF8 = ("error", "replace", "skip")
+FOLDERS_GIVE = ("*.txt", "*.jsonl", "*.txt.gz", "*.jsonl.gz", "*.txt.zst", "*.jsonl.zst", "*.parquet")
+TABLE_ROWS = 1024  # of a .parquet file in memory together
 CHOICES = "choose --invalid-utf8=replace or --invalid-utf8=skip"
 
 
@@ -16,29 +20,29 @@ class Document:
     """One document of a file."""
 
     data: bytes | None  # UTF-8; None where it is left out because it was not
-    end: int  # how far the file has been read, in bytes
+    end: int  # how far the file has been read, in its own bytes
     valid: bool = True  # False where U+FFFD was put in and where it is left out
 
 
 def find_files(inputs: Sequence[str | os.PathLike], include: Sequence[str] = ()) -> list[Path]:
     """Return the files to read, in the order of `inputs`; a folder gives its own by sorted name, depth first.
 
-    Folders give *.txt, *.jsonl and what matches a pattern of `include`: the file's name, or its path below
-    the folder where the pattern holds a slash. Hidden entries and links to folders are left out. A file named
-    in `inputs` is always taken. FileNotFoundError for an input that is not there, ValueError for a folder
-    without such a file.
+    Folders give *.txt, *.jsonl, both compressed (.gz, .zst), *.parquet and what matches a pattern of `include`: the
+    file's name, or its path below the folder where the pattern holds a slash. Hidden entries and links to folders
+    are left out. A file named in `inputs` is always taken; "-" is standard input. FileNotFoundError for an input that
+    is not there, ValueError for a folder without such a file.
     """
-    patterns = ["*.txt", "*.jsonl", *include]
+    patterns = [*FOLDERS_GIVE, *include]
     files = []
     for item in map(Path, inputs):
-        if item.is_file():
+        if item.is_file() or item == STANDARD_INPUT:
             files.append(item)
             continue
         if not item.is_dir():
             raise FileNotFoundError(f"{item}: no such file or folder; name .jsonl or text files, or folders")
         found = [path for path in _walk(item) if _matches(path.relative_to(item), patterns)]
         if not found:
-            names = " or ".join(patterns)
+            names = ", ".join(["*.txt, *.jsonl (or either with .gz, .zst), *.parquet", *include])
             advice = "name others with --include"
             raise ValueError(f"{item}: the folder must hold {names}, got no such file; {advice}")
         files += found
@@ -60,36 +64,73 @@ def _matches(path: Path, patterns: Sequence[str]) -> bool:
 
 
 def read_documents(path: Path, text_key: str = "text", invalid_utf8: str = "error") -> Iterator[Document]:
-    """Yield the documents of one file: one a line of a .jsonl file, the whole of any other.
+    """Yield the documents of one file: one a line of .jsonl, one a row of .parquet, the whole of any other.
 
-    A .jsonl line is a JSON object with a string under `text_key`; empty lines are passed over. ValueError
-    names the file, the line and the byte offset of anything else, and of bytes that are not UTF-8 where
-    invalid_utf8 is "error"; "replace" puts U+FFFD in their place, "skip" gives a document without data.
+    .gz and .zst files are decompressed; standard input is .jsonl. A line is a JSON object with a string under
+    `text_key`, empty lines are passed over; a row has its string in that column. ValueError names the file, the line
+    and the byte offset of anything else, and of bytes that are not UTF-8 where invalid_utf8 is "error"; "replace"
+    puts U+FFFD in their place, "skip" gives a document without data. ImportError where a package is missing.
     """
     if invalid_utf8 not in INVALID_UTF8:
         raise ValueError(f"invalid_utf8 must be one of {', '.join(INVALID_UTF8)}, got {invalid_utf8!r}")
-    with open(path, "rb") as file:
-        if path.suffix.lower() == ".jsonl":
+    if inner_suffix(path) == ".parquet":
+        yield from _read_table(path, text_key)
+        return
+    with InputFile(path) as file:
+        if inner_suffix(path) == ".jsonl":
             yield from _read_lines(file, path, text_key, invalid_utf8)
         else:
             data = file.read()
-            text, valid = _decode(data, f"{path}: byte offset", 0, invalid_utf8)
-            yield Document(None if text is None else text.encode(), len(data), valid)
+            text, valid = _decode(data, f"{path}: {_offset(file)}", 0, invalid_utf8)
+            yield Document(None if text is None else text.encode(), file.consumed(), valid)
 
 
-def _read_lines(file, path: Path, text_key: str, invalid_utf8: str) -> Iterator[Document]:
+def _offset(file: InputFile) -> str:
+    return "decompressed byte offset" if file.is_compressed else "byte offset"
+
+
+def _read_lines(file: InputFile, path: Path, text_key: str, invalid_utf8: str) -> Iterator[Document]:
     offset = 0
     for number, line in enumerate(file, start=1):
-        where = f"{path}: line {number}, byte offset"
+        where = f"{path}: line {number}, {_offset(file)}"
+        end = file.consumed() if file.is_compressed else offset + len(line)
         body = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line  # a byte order mark is no JSON
         text, valid = _decode(body, where, offset + len(line) - len(body), invalid_utf8)
         if text is not None and text.strip():
             text = _read_json(text.rstrip(), f"{where} {offset}", text_key)
             text, paired = _join_surrogates(text, f"{where} {offset}", invalid_utf8)
-            yield Document(None if text is None else text.encode(), offset + len(line), valid and paired)
+            yield Document(None if text is None else text.encode(), end, valid and paired)
         elif text is None:
-            yield Document(None, offset + len(line), False)
+            yield Document(None, end, False)
         offset += len(line)
+
+
+def _read_table(path: Path, text_key: str) -> Iterator[Document]:
+    arrow = optional_package("pyarrow.parquet", path)
+    try:
+        table = arrow.parquet.ParquetFile(path)
+        columns = table.schema_arrow
+        kind = columns.field(text_key).type if text_key in columns.names else None
+        if kind is None:
+            names = ", ".join(map(repr, columns.names)) or "no column at all"
+            raise ValueError(
+                f"{path}: table must have the column {text_key!r}, got {names}; name the right one with --text-key"
+            )
+        if not (arrow.types.is_string(kind) or arrow.types.is_large_string(kind)):
+            raise ValueError(f"{path}: column {text_key!r} must hold strings, got {kind}; name another with --text-key")
+        size, row = path.stat().st_size, 0
+        for batch in table.iter_batches(TABLE_ROWS, columns=[text_key]):
+            for text in batch.column(0).to_pylist():
+                row += 1
+                if text is None:
+                    raise ValueError(
+                        f"{path}: row {row}: {text_key!r} must be a string, got null; remove such rows from the table"
+                    )
+                yield Document(text.encode(), size * row // table.metadata.num_rows)
+    except (arrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise ValueError(f"{path}: must be a whole .parquet file, got an error ({error}); copy it again") from error
 
 
 def _decode(data: bytes, where: str, offset: int, invalid_utf8: str) -> tuple[str | None, bool]:
