@@ -19,8 +19,8 @@ struct Tokenizer {
   rwkv::Encoder encoder;
   std::vector<py::object> numbers;  // [65536] each id as a Python int, once a list was asked for
 
-  Tokenizer(std::string_view text, const std::string& name)
-      : vocabulary(rwkv::Vocabulary::parse(text, name)), encoder(vocabulary) {}
+  Tokenizer(std::string_view text, const std::string& name, bool use_vectors)
+      : vocabulary(rwkv::Vocabulary::parse(text, name)), encoder(vocabulary, use_vectors) {}
 };
 
 // A view of any object with contiguous bytes: bytes, bytearray, memoryview, an array; keeps them alive.
@@ -126,10 +126,10 @@ PYBIND11_MODULE(_native, module) {
   module.doc() = "World tokenizer in C++; see rwkv_ext.tokenizer for the documented names.";
 
   py::class_<Tokenizer>(module, "Tokenizer")
-      .def(py::init([](const py::bytes& text, const std::string& name) {
-             return std::make_unique<Tokenizer>(std::string_view(text), name);
+      .def(py::init([](const py::bytes& text, const std::string& name, bool use_vectors) {
+             return std::make_unique<Tokenizer>(std::string_view(text), name, use_vectors);
            }),
-           py::arg("vocabulary"), py::arg("name"))
+           py::arg("vocabulary"), py::arg("name"), py::arg("use_vectors") = true)
       .def("encode",
            [](Tokenizer& self, const py::object& text) {
              if (!PyUnicode_Check(text.ptr())) {

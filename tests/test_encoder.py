@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rwkv_ext._load import native
 from rwkv_ext.tokenizer import WorldTokenizer
 from rwkv_ext.vocabulary import WORLD
 
@@ -44,7 +45,7 @@ def definition(tokens):
 
 def check(tokenizer, definition, data):
     ids = tokenizer.encode_array(data)
-    assert ids.dtype == np.uint16 and ids.flags.owndata is False
+    assert ids.dtype == np.uint16
     assert ids.tolist() == definition.encode(data)
 
 
@@ -97,7 +98,7 @@ def test_segments_about_as_long_as_a_memo_entry(world, definition):
     # are told from the zeros behind a shorter one.
     rng = random.Random(3)
     for letters in (b"abcdefgh", b"zqxj", b"\0\1", "\u0431\u0438".encode(), b" =#-"):
-        words = [bytes(rng.choices(letters, k=length)) for length in range(1, 40) for _ in range(5)]
+        words = [bytes(rng.choices(letters, k=length)) for length in range(1, 48) for _ in range(5)]
         words += [word + b"\0" * zeros for word in words[:40] for zeros in range(1, 4)]
         check(world, definition, b".".join(words * 2))
         check_all(world, definition, words)
@@ -116,10 +117,27 @@ def test_pieces_of_a_long_text(world, definition):
         check(world, definition, text[-length:])
 
 
+def test_vector_code_changes_no_id(world, definition):
+    plain = native().Tokenizer(WORLD.read_bytes(), "World", use_vectors=False)
+    text = WORLD.read_bytes()
+    np.testing.assert_array_equal(plain.encode_array(text), world.encode_array(text))
+    rng = random.Random(7)
+    for length in (1, 63, 64, 65, 128, 129, 400, 5000):
+        check(plain, definition, rng.randbytes(length))
+        check(plain, definition, text[5000 : 5000 + length])
+
+
+def test_every_pair_of_bytes_where_blocks_meet(world, definition):
+    # The shift by 0 to 2 letters brings the 65,536 pairs to every position of a block.
+    for first in range(256):
+        pairs = b"".join(bytes([first, second]) + b"a" * (second % 3) for second in range(256))
+        check(world, definition, pairs)
+
+
 def test_a_full_memo_replaces_its_entries(world, definition):
     # Far more different words than it holds, each seen again after it was replaced.
     rng = random.Random(4)
-    words = [bytes(rng.choices(b"abcdefghij", k=rng.randrange(3, 17))) for _ in range(60_000)]
+    words = [bytes(rng.choices(b"abcdefghij", k=rng.randrange(3, 35))) for _ in range(80_000)]
     expected = [id for word in words for id in definition.encode(b" " + word)]
     text = b" " + b" ".join(words)
     for _ in range(2):

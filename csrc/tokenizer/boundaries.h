@@ -3,29 +3,32 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <vector>
+#include <memory>
 
 #include "tokenizer/vocabulary.h"
 
 namespace rwkv {
 
+// Plain data. The classes know fewer boundaries than the table of pairs, and no other ones.
+struct BoundaryTables {
+  uint8_t splits[65536];  // [a | b << 8] is 1 if a token must end between bytes a and b, else 0
+  uint8_t before[256];    // one bit: the class of byte a
+  uint8_t behind[256];    // the classes of which some byte stands before b in a token
+};
+
 // A text cut at such positions encodes piece by piece to what the whole gives. Most pairs of bytes never meet inside
 // a World token (57,203 of 65,536; a letter and a space, say), so pieces are about as long as words.
 class Boundaries {
  public:
-  explicit Boundaries(const Vocabulary& vocabulary);
+  // use_vectors false leaves out what this CPU could do beyond plain C++; what find() may miss differs.
+  Boundaries(const Vocabulary& vocabulary, bool use_vectors);
 
-  // Bit i is set if a token must end behind text[i], i < 64. Reads text[0 .. 64].
-  uint64_t find(const uint8_t* text) const {
-    uint64_t mask = 0;
-    for (uint32_t i = 0; i < 64; ++i) {
-      mask |= static_cast<uint64_t>(splits_[text[i] | text[i + 1] << 8]) << i;
-    }
-    return mask;
-  }
+  // Bit i is set only if a token must end behind text[i], i < 64. Reads text[0 .. 64].
+  uint64_t find(const uint8_t* text) const { return find_(*tables_, text); }
 
  private:
-  std::vector<uint8_t> splits_;  // [a | b << 8] is 1 if a token must end between bytes a and b, else 0
+  std::unique_ptr<const BoundaryTables> tables_;
+  uint64_t (*find_)(const BoundaryTables&, const uint8_t*);
 };
 
 }  // namespace rwkv

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 
 namespace rwkv {
 namespace {
@@ -11,12 +12,12 @@ constexpr size_t kReadAhead = 80;     // bytes that may be read behind the end o
 constexpr size_t kPiece = 64 * 1024;  // bytes between two looks at the room for ids
 constexpr size_t kLongSegment = 1024;  // bytes without a boundary
 constexpr size_t kLastBytes = 256;
-constexpr size_t kSlack = 8;  // ids
+constexpr size_t kSlack = 16;  // ids
 
 }  // namespace
 
-Encoder::Encoder(const Vocabulary& vocabulary)
-    : cells_(build_match_table(vocabulary)), boundaries_(vocabulary) {}
+Encoder::Encoder(const Vocabulary& vocabulary, bool use_vectors)
+    : cells_(build_match_table(vocabulary)), boundaries_(vocabulary, use_vectors) {}
 
 // Encodes at least up to `end` where a token ends there; a longer token may end behind it.
 inline void Encoder::match_tokens(Run& run, size_t end) const {
@@ -27,14 +28,17 @@ inline void Encoder::match_tokens(Run& run, size_t end) const {
   }
 }
 
-// Encodes up to the boundary `end`. Reads 16 bytes from the segment's start.
-inline void Encoder::encode_segment(Run& run, size_t end) const {
+// Encodes up to the boundary `end`, at most Entry::kMaxBytes away, with the memo.
+template <typename Entry>
+inline void Encoder::recall_segment(Run& run, size_t end) const {
   const size_t length = end - run.start;
-  if (length - 1 >= SegmentMemo::kMaxBytes) return match_tokens(run, end);
-  uint64_t bytes[2];
-  SegmentMemo::Entry& entry = run.memo.find(run.text + run.start, length, bytes);
-  if (((entry.bytes[0] ^ bytes[0]) | (entry.bytes[1] ^ bytes[1]) | (entry.length ^ length)) == 0) {
-    std::memcpy(run.out, entry.ids, 16);  // more than the ids there are: what is behind them is written over
+  decltype(Entry::bytes) bytes;
+  Entry& entry = run.memo.find<Entry>(run.text + run.start, length, bytes);
+  uint64_t difference = entry.length ^ length;
+  for (size_t i = 0; i < std::size(bytes); ++i) difference |= entry.bytes[i] ^ bytes[i];
+  if (difference == 0) {
+    // All the entry can hold, and its last two bytes, in one store: what is behind the ids is written over.
+    std::memcpy(run.out, reinterpret_cast<const uint8_t*>(&entry) + sizeof bytes, sizeof entry - sizeof bytes);
     run.out += entry.count;
     run.start = end;
     return;
@@ -42,11 +46,19 @@ inline void Encoder::encode_segment(Run& run, size_t end) const {
   const uint16_t* first = run.out;
   match_tokens(run, end);
   const size_t count = static_cast<size_t>(run.out - first);
-  if (count > SegmentMemo::kMaxIds) return;
+  if (count > Entry::kMaxIds) return;
   std::memcpy(entry.bytes, bytes, sizeof bytes);
   std::memcpy(entry.ids, first, count * sizeof(uint16_t));
   entry.length = static_cast<uint8_t>(length);
   entry.count = static_cast<uint8_t>(count);
+}
+
+// Encodes up to the boundary `end`. Reads up to 32 bytes from the segment's start.
+inline void Encoder::encode_segment(Run& run, size_t end) const {
+  const size_t length = end - run.start;
+  if (length - 1 < ShortEntry::kMaxBytes) return recall_segment<ShortEntry>(run, end);
+  if (length - 1 < LongEntry::kMaxBytes) return recall_segment<LongEntry>(run, end);
+  match_tokens(run, end);
 }
 
 // Encodes the segments that end at or before `end`. Reads up to kReadAhead bytes behind it.

@@ -19,14 +19,15 @@ namespace rwkv {
 // Immutable but for the pool of memos: any number of threads may encode with one Encoder.
 class Encoder {
  public:
-  explicit Encoder(const Vocabulary& vocabulary);
+  // use_vectors false: plain C++ whatever the CPU can do; the ids are the same.
+  explicit Encoder(const Vocabulary& vocabulary, bool use_vectors = true);
 
   // Appends the ids of any bytes, UTF-8 or not. Never produces id 0.
   void encode(std::string_view text, IdBuffer& ids) const;
 
  private:
   // A text, how far it is encoded, and what that takes. `out` has room for one id a byte, and for kSlack more because
-  // ids are written eight at once.
+  // ids are written up to sixteen at once.
   struct Run {
     const uint8_t* text;
     size_t size;
@@ -36,6 +37,8 @@ class Encoder {
   };
 
   void encode_segments(Run& run, size_t end) const;
+  template <typename Entry>
+  void recall_segment(Run& run, size_t end) const;
   void encode_segment(Run& run, size_t end) const;
   void match_tokens(Run& run, size_t end) const;
 

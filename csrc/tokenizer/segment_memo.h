@@ -6,47 +6,64 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 namespace rwkv {
+
+// What a segment of at most 8 * kWords bytes encoded to, if that is few enough ids.
+template <size_t kWords>
+struct MemoEntry {
+  static constexpr size_t kMaxBytes = 8 * kWords;
+  static constexpr size_t kMaxIds = 4 * kWords - 1;
+
+  uint64_t bytes[kWords];  // the segment, zeros behind it
+  uint16_t ids[kMaxIds];
+  uint8_t length;  // in bytes; 0 if the entry is empty
+  uint8_t count;   // of ids
+};
+
+using ShortEntry = MemoEntry<2>;  // 32 bytes: words in Latin letters
+using LongEntry = MemoEntry<4>;   // 64 bytes: words in letters of two or three bytes
 
 // Direct-mapped: a segment has one place and replaces what is there. An entry holds its whole segment, so a hit is
 // never a guess. For one thread at a time, and for one encoder.
 class SegmentMemo {
  public:
-  static constexpr size_t kMaxBytes = 16;  // longer segments are not kept
-  static constexpr size_t kMaxIds = 7;     // nor those of more ids
+  SegmentMemo() : short_(size_t{1} << kLogShort), long_(size_t{1} << kLogLong) {}
 
-  struct Entry {
-    uint64_t bytes[2];  // the segment, zeros behind it
-    uint16_t ids[kMaxIds];
-    uint8_t length;  // in bytes; 0 if the entry is empty
-    uint8_t count;   // of ids
-  };
-  static_assert(sizeof(Entry) == 32);
-
-  SegmentMemo() : entries_(size_t{1} << kLogEntries) {}
-
-  // The entry of text[0 .. length), 1 <= length <= 16, with `bytes` set to the segment. Reads text[0 .. 15].
-  Entry& find(const uint8_t* text, size_t length, uint64_t (&bytes)[2]) {
-    std::memcpy(bytes, text, kMaxBytes);
-    uint64_t keep[2];
-    std::memcpy(keep, kKeep + kMaxBytes - length, kMaxBytes);
-    bytes[0] &= keep[0];
-    bytes[1] &= keep[1];
-    uint64_t hash = (bytes[0] ^ bytes[1] * 0xC2B2AE3D27D4EB4F) * 0x9E3779B97F4A7C15;
+  // The entry of text[0 .. length), 1 <= length <= Entry::kMaxBytes, with `bytes` set to the segment. Reads
+  // Entry::kMaxBytes from the text.
+  template <typename Entry>
+  Entry& find(const uint8_t* text, size_t length, decltype(Entry::bytes)& bytes) {
+    decltype(Entry::bytes) keep;
+    std::memcpy(bytes, text, sizeof bytes);
+    std::memcpy(keep, kKeep + LongEntry::kMaxBytes - length, sizeof keep);
+    uint64_t hash = 0;
+    for (size_t i = 0; i < std::size(bytes); ++i) {
+      bytes[i] &= keep[i];
+      hash ^= bytes[i] * kOdd[i];
+    }
     hash = (hash ^ hash >> 32) * 0xD6E8FEB86659FD93;
-    return entries_[hash >> (64 - kLogEntries)];
+    if constexpr (std::is_same_v<Entry, ShortEntry>) {
+      return short_[hash >> (64 - kLogShort)];
+    } else {
+      return long_[hash >> (64 - kLogLong)];
+    }
   }
 
  private:
-  static constexpr int kLogEntries = 15;  // 1 MiB
+  static constexpr int kLogShort = 15;  // 1 MiB
+  static constexpr int kLogLong = 14;   // 1 MiB
+  static constexpr uint64_t kOdd[4] = {0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63};
+  static constexpr uint8_t kKeep[2 * LongEntry::kMaxBytes] = {
+      255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255,
+      255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255};  // then as many zeros
 
-  static constexpr uint8_t kKeep[2 * kMaxBytes] = {255, 255, 255, 255, 255, 255, 255, 255,
-                                                   255, 255, 255, 255, 255, 255, 255, 255};
-
-  std::vector<Entry> entries_;
+  std::vector<ShortEntry> short_;
+  std::vector<LongEntry> long_;
 };
 
 // The memos of one encoder, lent to one call at a time: as many exist as calls ever ran at once, kSlots at most
