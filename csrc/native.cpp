@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 
 #include <memory>
+#include <utility>
+#include <vector>
 
 #include "tokenizer/decoder.h"
 #include "tokenizer/encoder.h"
@@ -55,7 +57,9 @@ rwkv::IdBuffer encode(const Tokenizer& tokenizer, std::string_view text) {
 py::list to_list(Tokenizer& tokenizer, const rwkv::IdBuffer& ids) {
   py::list list(ids.size());
   if (tokenizer.numbers.empty()) {
-    for (size_t id = 0; id < rwkv::kVocabSize; ++id) tokenizer.numbers.push_back(py::int_(id));
+    std::vector<py::object> numbers;
+    for (size_t id = 0; id < rwkv::kVocabSize; ++id) numbers.push_back(py::int_(id));
+    tokenizer.numbers = std::move(numbers);  // all or none, should memory run out
   }
   const uint16_t* id = ids.data();
   for (size_t i = 0; i < ids.size(); ++i) {
