@@ -1,8 +1,8 @@
 // Every op's schema: the table of contents of rwkv_ext._C. Shapes and meaning: rwkv_ext/ops.py; of a whole model
 // step, rwkv5_step and rwkv6_step: rwkv_ext/models/fused_step.py; of the parts of a layer and the loss:
 // rwkv_ext/_layer_registration.py. Implementations: cpu/wkv_cpu.cpp, cpu/decode_cpu.cpp, cpu/layer_cpu.cpp,
-// cuda/wkv_cuda.cpp. Fake, autograd and autocast: rwkv_ext/_registration.py, _step_registration.py and
-// _layer_registration.py.
+// cpu/layer_norm_cpu.cpp, cuda/wkv_cuda.cpp. Fake, autograd and autocast: rwkv_ext/_registration.py,
+// _step_registration.py and _layer_registration.py.
 #include <Python.h>
 
 #include <string>
