@@ -18,6 +18,7 @@ accumulate          total, fp32 (fp64), becomes part, or total + part unless fir
 
 import torch
 from torch._C import DispatchKeySet, _ExcludeDispatchKeyGuard
+from torch.autograd import forward_ad
 
 from . import _load
 from ._registration import AUTOCAST_KEYS, _cast, refuse
@@ -26,8 +27,15 @@ _built = _load.error is None
 
 
 def has_layer_ops(x: torch.Tensor) -> bool:
-    """Tell whether the ops of this file can take x: a CPU tensor, and the op library is built."""
-    return x.is_cpu and _built
+    """Tell whether the ops of this file can take x: a CPU tensor, the op library is built, and no transform is at work.
+
+    They have no forward-mode derivatives and no batching rules: functorch's transforms get plain PyTorch.
+    """
+    return x.is_cpu and _built and (torch.compiler.is_compiling() or not _transforms())
+
+
+def _transforms() -> bool:
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _cross_entropy_rows_fake(logits, targets, l2wrap, overwrite):

@@ -171,3 +171,9 @@ def test_accumulate(dtype):
 def test_accumulate_messages(total, text):
     with pytest.raises(ValueError, match="accumulate: " + text):
         torch.ops.rwkv_ext.accumulate(total, torch.zeros(2, 3, dtype=torch.bfloat16), False)
+
+
+def test_a_masked_logit_has_no_gradient():
+    logits = torch.tensor([[0.0, -1e9, -float("inf"), 2.0] * 8])
+    torch.ops.rwkv_ext.cross_entropy_rows(logits, torch.tensor([3]), 0.0, True)
+    assert logits[0, 1::4].eq(0).all() and logits[0, 2::4].eq(0).all()

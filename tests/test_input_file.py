@@ -93,9 +93,9 @@ def test_damaged_compressed_file(tmp_path, suffix):
 
 
 def table(path, rows, kind=None, **options):
-    pyarrow.parquet.write_table(
-        pyarrow.table({"n": list(range(len(rows))), "text": pyarrow.array(rows, kind)}), path, **options
-    )
+    rows = pyarrow.array(rows, kind) if isinstance(rows, list) else rows
+    columns = {"n": list(range(len(rows))), "text": rows}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, **options)
     return path
 
 
@@ -123,6 +123,40 @@ def test_bad_tables(tmp_path):
             texts_of(cut)
     with pytest.raises(FileNotFoundError):
         texts_of(tmp_path / "nothing.parquet")
+
+
+def test_tables_with_other_strings(tmp_path):
+    path = table(tmp_path / "dictionary.parquet", pyarrow.array(["a", "b", "a"]).dictionary_encode())
+    assert texts_of(path) == ["a", "b", "a"]
+    # Writers do not always check what they call strings.
+    buffers = pyarrow.array([b"ok", b"a\xff"], pyarrow.binary()).buffers()
+    path = table(tmp_path / "bytes.parquet", pyarrow.Array.from_buffers(pyarrow.string(), 2, buffers))
+    with pytest.raises(ValueError, match="bytes.parquet: row 2, byte 1: text must be UTF-8, got byte 0xff"):
+        texts_of(path)
+    assert texts_of(path, invalid_utf8="replace") == ["ok", "a\ufffd"]
+    assert [document.data for document in read_documents(path, invalid_utf8="skip")] == [b"ok", None]
+
+
+def test_gzip_padded_with_zeros(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(COMPRESS[".gz"](LINES) + bytes(200_000))
+    assert texts_of(path) == TEXTS
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_empty_compressed_file(tmp_path, suffix):
+    path = tmp_path / f"a.txt{suffix}"
+    path.touch()
+    with pytest.raises(ValueError, match=f"must be a whole {suffix} file, got a file that is cut off near byte 0"):
+        texts_of(path)
+
+
+def test_inputs_that_are_no_files(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="/dev/null: an input must be a file or a folder, got neither; give - for"):
+        find_files(["/dev/null"])
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ValueError, match="-: standard input must be open, but this process was started without"):
+        build(["-"], tmp_path / "out")
 
 
 def test_folders_give_compressed_files_and_tables(tmp_path):

@@ -44,3 +44,10 @@ def test_loaded_weights_ask_for_large_pages(tmp_path, quantize):
     model = RWKV.from_pretrained(tmp_path / "model.pth", quantize=quantize)
     assert is_advised(model.emb.weight) and is_advised(model.head.weight)
     assert not is_advised(torch.ones(ROWS * COLUMNS * 16))  # 64 MiB: a mapping of its own
+
+
+def test_the_copy_is_on_the_cpu_whatever_the_default_device():
+    x = torch.arange(6.0)
+    with torch.device("meta"):
+        copy = large_pages.copy_in_large_pages(x, torch.float32)
+    assert copy.is_cpu and copy.tolist() == x.tolist()

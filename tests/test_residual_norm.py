@@ -117,3 +117,13 @@ def test_no_rows():
     assert total.shape == normal.shape == (2, 0, 37)
     gradients = torch.autograd.grad(normal.sum(), (x, norm.weight))
     assert gradients[0].shape == x.shape and not gradients[1].any()
+
+
+def test_transforms_and_norms_without_bias_take_the_plain_path():
+    norm, plain = ResidualNorm(8), torch.nn.LayerNorm(8)
+    x, tangent = torch.randn(3, 8), torch.randn(3, 8)
+    _, wanted = torch.func.jvp(lambda a: plain(a + a), (x,), (tangent,))
+    _, got = torch.func.jvp(lambda a: norm(a, a)[1], (x,), (tangent,))
+    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(torch.vmap(lambda a: norm(a)[1])(x), plain(x))
+    assert ResidualNorm(8, bias=False)(x)[1].shape == x.shape

@@ -88,6 +88,8 @@ def test_split_evenly_refuses(tmp_path):
         split_evenly(shard, tmp_path / "out", 4)
     with pytest.raises(ValueError, match="parts must leave every part a document, got 3, .* longer than 17 tokens"):
         split_evenly(shard, tmp_path / "out", 3)
+    with pytest.raises(ValueError, match="empty: a shard to split must have documents, got none"):
+        split_evenly(write(tmp_path / "empty", []), tmp_path / "out", 1)
     write(tmp_path / "out-00001-of-00002", [[3, 0]])
     with pytest.raises(FileExistsError, match="out-00001-of-00002.bin: already exists"):
         split_evenly(shard, tmp_path / "out", 2)
@@ -140,7 +142,7 @@ def run(*arguments):
 
 def test_commands(tmp_path, capsys):
     shard = write(tmp_path / "in", [[33520, 4600, 0], [5, 0], [6, 0], [7, 0]])
-    assert run("split", shard, tmp_path / "part", "--parts", 2) == 0
+    assert run("split", shard, tmp_path / "part.bin", "--parts", 2) == 0  # either file's name will do
     assert f"{tmp_path}/part-00001-of-00002  2 documents, 4 tokens" in capsys.readouterr().out
     parts = [tmp_path / f"part-0000{i}-of-00002" for i in range(2)]
     assert run("merge", *parts, tmp_path / "whole") == 0

@@ -161,7 +161,7 @@ inline bool any_equal(Lanes<T> x, T value) {
   return any_of<T>(x == broadcast(value));
 }
 
-// p * 2^n for whole n from -127 to 128, where 2^-127 may count as 0 and 2^128 as infinity.
+// p * 2^n for whole n from -127 (AVX-512: any) to 128, where 2^-127 may count as 0 and 2^128 as infinity.
 inline Lanes<float> times_power_of_two(Lanes<float> p, Lanes<float> n) {
 #if RWKV_LANE_BYTES == 64
   return _mm512_scalef_ps(p, n);
@@ -175,7 +175,7 @@ inline Lanes<float> times_power_of_two(Lanes<float> p, Lanes<float> n) {
 }
 
 // x = n ln 2 + f with n whole and |f| <= ln 2 / 2, and exp(f) - 1 = f + f^2 q(f), where q is the best polynomial of its
-// degree (3e-9 of exp(f)). x must lie in -88 .. 89 or be NaN. One exponential is a chain of operations that each wait
+// degree (3e-9 of exp(f)). x must lie in kLeastExponent .. 89 or be NaN. One exponential is a chain of operations that each wait
 // for the last: kMany of them go side by side, step by step.
 template <int kMany>
 struct ReducedExponents {
@@ -204,12 +204,15 @@ struct ReducedExponents {
   }
 };
 
+// Below it exp() is 0: of a denormal result AVX-512 makes what the thread's mode says, others always 0.
+constexpr float kLeastExponent = RWKV_LANE_BYTES == 64 ? -105.0f : -88.0f;
+
 // exp(x) to less than 1 ulp, half an ulp near 1, where memories are long. Overflows to inf somewhere from 88.4 to
-// 88.8, is 0 where the result would be denormal, keeps NaN. kAtMost0: no x is positive.
+// 88.8, is 0 where the result would be denormal (see kLeastExponent), keeps NaN. kAtMost0: no x is positive.
 template <bool kAtMost0 = false, int kMany>
 [[gnu::always_inline]] inline void exp_all(Lanes<float> (&x)[kMany]) {
 #pragma GCC unroll 16
-  for (int m = 0; m < kMany; ++m) x[m] = at_least(kAtMost0 ? x[m] : at_most(x[m], 88.9f), -88.0f);
+  for (int m = 0; m < kMany; ++m) x[m] = at_least(kAtMost0 ? x[m] : at_most(x[m], 88.9f), kLeastExponent);
   const ReducedExponents<kMany> reduced(x);
 #pragma GCC unroll 16
   for (int m = 0; m < kMany; ++m) x[m] = times_power_of_two(reduced.exp_minus_1[m] + 1.0f, reduced.n[m]);

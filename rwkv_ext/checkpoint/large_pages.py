@@ -12,7 +12,7 @@ _ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux alone
 
 def copy_in_large_pages(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a row-major copy of x on the CPU, in large pages where the system has some to give, in others if not."""
-    result = torch.empty(x.shape, dtype=dtype)
+    result = torch.empty(x.shape, dtype=dtype, device="cpu")
     _advise(result)
     return result.copy_(x)
 

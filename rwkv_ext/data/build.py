@@ -72,8 +72,8 @@ def build(
     """Write the shard OUT.bin, OUT.idx from files and folders: what RWKV-LM's make_data.py makes of one epoch
     whose lines are not shuffled, byte for byte.
 
-    One document is in memory at a time. Nothing appears under the final names unless all of it succeeds.
-    ValueError for text that is not what `read_documents` needs and for inputs without a document.
+    One document is in memory at a time, of a table 1024. Nothing appears under the final names unless all of it
+    succeeds. ValueError for text that is not what `read_documents` needs and for inputs without a document.
     """
     files = find_files(inputs, include)
     sizes = [0 if path == STANDARD_INPUT else path.stat().st_size for path in files]
@@ -106,13 +106,13 @@ def build(
 
 @contextmanager
 def _progress(total: int, show: bool) -> Iterator[Callable[[int], None]]:
-    """Yield report(bytes read so far): a bar on a terminal, a line every ten seconds elsewhere."""
+    """Yield report(bytes read so far): a bar on a terminal, a line every ten seconds elsewhere; total 0: unknown."""
     if not show:
         yield lambda done: None
     elif sys.stderr.isatty():
         columns = [TextColumn("encoding"), BarColumn(), DownloadColumn(), TimeRemainingColumn()]
         with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task("encoding", total=total)
+            task = bar.add_task("encoding", total=total or None)
             yield lambda done: bar.update(task, completed=done)
     else:
         yield _LineProgress(total).report
@@ -125,4 +125,5 @@ class _LineProgress:
     def report(self, done: int) -> None:
         if time.monotonic() >= self.next_line:
             self.next_line = time.monotonic() + SECONDS_PER_LINE
-            print(f"encoding: {done / 1e6:,.1f} of {self.total / 1e6:,.1f} MB", file=sys.stderr, flush=True)
+            whole = f" of {self.total / 1e6:,.1f}" if self.total else ""
+            print(f"encoding: {done / 1e6:,.1f}{whole} MB", file=sys.stderr, flush=True)

@@ -83,6 +83,8 @@ def _add_vocabulary(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a text is no damaged shard
     return args.run_action(args)
 
 

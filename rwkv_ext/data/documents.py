@@ -38,6 +38,8 @@ def find_files(inputs: Sequence[str | os.PathLike], include: Sequence[str] = ())
         if item.is_file() or item == STANDARD_INPUT:
             files.append(item)
             continue
+        if item.exists() and not item.is_dir():
+            raise ValueError(f"{item}: an input must be a file or a folder, got neither; give - for standard input")
         if not item.is_dir():
             raise FileNotFoundError(f"{item}: no such file or folder; name .jsonl or text files, or folders")
         found = [path for path in _walk(item) if _matches(path.relative_to(item), patterns)]
@@ -74,7 +76,7 @@ def read_documents(path: Path, text_key: str = "text", invalid_utf8: str = "erro
     if invalid_utf8 not in INVALID_UTF8:
         raise ValueError(f"invalid_utf8 must be one of {', '.join(INVALID_UTF8)}, got {invalid_utf8!r}")
     if inner_suffix(path) == ".parquet":
-        yield from _read_table(path, text_key)
+        yield from _read_table(path, text_key, invalid_utf8)
         return
     with InputFile(path) as file:
         if inner_suffix(path) == ".jsonl":
@@ -105,7 +107,7 @@ def _read_lines(file: InputFile, path: Path, text_key: str, invalid_utf8: str) -
         offset += len(line)
 
 
-def _read_table(path: Path, text_key: str) -> Iterator[Document]:
+def _read_table(path: Path, text_key: str, invalid_utf8: str) -> Iterator[Document]:
     arrow = optional_package("pyarrow.parquet", path)
     try:
         table = arrow.parquet.ParquetFile(path)
@@ -116,17 +118,22 @@ def _read_table(path: Path, text_key: str) -> Iterator[Document]:
             raise ValueError(
                 f"{path}: table must have the column {text_key!r}, got {names}; name the right one with --text-key"
             )
+        kind = kind.value_type if arrow.types.is_dictionary(kind) else kind
         if not (arrow.types.is_string(kind) or arrow.types.is_large_string(kind)):
             raise ValueError(f"{path}: column {text_key!r} must hold strings, got {kind}; name another with --text-key")
         size, row = path.stat().st_size, 0
         for batch in table.iter_batches(TABLE_ROWS, columns=[text_key]):
-            for text in batch.column(0).to_pylist():
+            column = batch.column(0)
+            column = column.dictionary_decode() if arrow.types.is_dictionary(column.type) else column
+            for data in column.cast(arrow.large_binary()).to_pylist():  # writers do not always check for UTF-8
                 row += 1
-                if text is None:
+                if data is None:
                     raise ValueError(
                         f"{path}: row {row}: {text_key!r} must be a string, got null; remove such rows from the table"
                     )
-                yield Document(text.encode(), size * row // table.metadata.num_rows)
+                text, valid = _decode(data, f"{path}: row {row}, byte", 0, invalid_utf8)
+                data = None if text is None else text.encode()
+                yield Document(data, size * row // table.metadata.num_rows, valid)
     except (arrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:
             raise

@@ -38,6 +38,8 @@ class InputFile(io.BufferedReader):
     """
 
     def __init__(self, path: Path):
+        if path == STANDARD_INPUT and sys.stdin is None:
+            raise ValueError("-: standard input must be open, but this process was started without; name a file")
         self._file = sys.stdin.buffer if path == STANDARD_INPUT else open(path, "rb")
         self.is_compressed = path.suffix.lower() in COMPRESSED
         raw = _Decompressed(self._file, path) if self.is_compressed else _Plain(self._file)
@@ -76,6 +78,7 @@ class _Decompressed(io.RawIOBase):
             self._new = lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
             self._errors = (zstandard.ZstdError,)
         self._part = None  # the member or frame that is being read
+        self._began = False  # any of them
         self._ready = memoryview(b"")
 
     def readable(self) -> bool:
@@ -85,7 +88,7 @@ class _Decompressed(io.RawIOBase):
         while not self._ready:
             chunk = self._file.read(_CHUNK)
             if not chunk:
-                if self._part is not None:
+                if self._part is not None or not self._began:
                     raise self._damaged("a file that is cut off")
                 return 0
             self._ready = memoryview(self._decompress(chunk))
@@ -102,7 +105,10 @@ class _Decompressed(io.RawIOBase):
         parts = []
         while chunk:
             if self._part is None:
-                self._part = self._new()
+                chunk = chunk.lstrip(b"\0") if self._began else chunk  # archives on tape are padded with zeros
+                if not chunk:
+                    break
+                self._part, self._began = self._new(), True
             try:
                 parts.append(self._part.decompress(chunk))
             except self._errors as error:

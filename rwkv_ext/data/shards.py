@@ -32,10 +32,13 @@ def split_evenly(
     """Write OUT-00000-of-00003 and so on, consecutive documents each, about as many tokens in one part as in another.
 
     A part ends with the document that reaches its share of all tokens. ValueError where that leaves a part
-    without a document, and as `merge`.
+    without a document, and as `merge`, but the parts take their names one after the other: if the disk fails then, some
+    may be there and others not.
     """
     reader = _whole(prefix)
-    if not 1 <= parts <= max(1, reader.n_documents):
+    if not reader.n_documents:
+        raise ValueError(f"{reader.prefix}: a shard to split must have documents, got none")
+    if not 1 <= parts <= reader.n_documents:
         need = f"1 to {reader.n_documents}, the documents of {reader.prefix}"
         raise ValueError(f"parts must be {need}, got {parts}")
     item = reader.dtype.itemsize
@@ -48,7 +51,7 @@ def split_evenly(
             f"parts must leave every part a document, got {parts}, and a document of {reader.prefix} is longer than "
             f"{reader.n_tokens // parts} tokens; take fewer parts"
         )
-    names = [f"{out}-{part:05d}-of-{parts:05d}" for part in range(parts)]
+    names = [f"{_name(out)}-{part:05d}-of-{parts:05d}" for part in range(parts)]
     with _writers(reader, names, overwrite) as writers:
         for writer, begin, end in zip(writers, cuts, cuts[1:]):
             _copy(reader, begin, end, writer)
@@ -60,14 +63,15 @@ def hold_out(
 ) -> tuple[BinidxReader, BinidxReader]:
     """Write OUT-train and OUT-holdout: each document is held out with probability `share`, by its number and the seed.
 
-    ValueError for a share outside 0 to 1 or a negative seed, where one of the two gets no document, and as `merge`.
+    ValueError for a share outside 0 to 1 or a negative seed, where one of the two gets no document, and as
+    `split_evenly`.
     """
     if not 0 < share < 1:
         raise ValueError(f"share must lie between 0 and 1, such as 0.01, got {share}")
     if seed < 0:
         raise ValueError(f"seed must be 0 or more, got {seed}")
     reader = _whole(prefix)
-    names = [f"{out}-train", f"{out}-holdout"]
+    names = [f"{_name(out)}-train", f"{_name(out)}-holdout"]
     with _writers(reader, names, overwrite) as writers:
         for begin, end, held in _runs(reader.n_documents, share, seed):
             _copy(reader, begin, end, writers[held])
@@ -87,6 +91,10 @@ def _runs(n_documents: int, share: float, seed: int) -> Iterator[tuple[int, int,
         edges = np.flatnonzero(held[1:] != held[:-1]) + 1
         for first, last in zip([0, *edges.tolist()], [*edges.tolist(), len(held)]):
             yield begin + first, begin + last, bool(held[first])
+
+
+def _name(prefix: str | os.PathLike) -> str:
+    return os.fspath(shard_files(prefix)[0])[: -len(".bin")]
 
 
 def _whole(prefix: str | os.PathLike) -> BinidxReader:

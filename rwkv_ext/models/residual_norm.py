@@ -16,7 +16,8 @@ class ResidualNorm(nn.LayerNorm):
         """
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        if has_layer_ops(x) and x.dtype in (dtype, torch.float32) and (delta is None or delta.dtype == dtype):
+        fitting = x.dtype in (dtype, torch.float32) and (delta is None or delta.dtype == dtype)
+        if fitting and self.bias is not None and has_layer_ops(x):
             op = torch.ops.rwkv_ext.add_layer_norm
             total, normal = op(x, delta, self.weight, self.bias, self.eps, dtype)
             return x if delta is None else total, normal
