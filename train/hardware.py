@@ -88,12 +88,12 @@ def memory_estimate(
 
     Activations are what autograd keeps for each token, counted with saved-tensor hooks: per block 26 (Eagle) or 36
     (Finch) numbers of the residual width, five of the channel mix's and the fp32 WKV states (one per 128 tokens); a
-    block that recomputes keeps its input alone, the fp32 residual stream.
+    block that recomputes keeps its input alone: the fp32 residual stream and what the last block adds to it.
     """
     size = 2 if dtype == "bf16" else 4
     widths = 26 if config.version == "5.2" else 36
     block = (widths * config.n_embd + 5 * config.dim_ffn) * size + config.dim_att * config.head_size * 4 // 128
-    kept = config.n_layer * config.n_embd * 4 + block if checkpointing else config.n_layer * block
+    kept = config.n_layer * config.n_embd * (4 + size) + block if checkpointing else config.n_layer * block
     return {
         "weights, gradients, moments": 16 * parameters // shards,
         "activations": micro_tokens * (kept + 4 * config.n_embd * size),

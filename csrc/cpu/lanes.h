@@ -175,8 +175,8 @@ inline Lanes<float> times_power_of_two(Lanes<float> p, Lanes<float> n) {
 }
 
 // x = n ln 2 + f with n whole and |f| <= ln 2 / 2, and exp(f) - 1 = f + f^2 q(f), where q is the best polynomial of its
-// degree (3e-9 of exp(f)). x must lie in kLeastExponent .. 89 or be NaN. One exponential is a chain of operations that each wait
-// for the last: kMany of them go side by side, step by step.
+// degree (3e-9 of exp(f)). x must lie in kLeastExponent .. 89 or be NaN. One exponential is a chain of operations that
+// each wait for the last: kMany of them go side by side, step by step.
 template <int kMany>
 struct ReducedExponents {
   Lanes<float> n[kMany], exp_minus_1[kMany];

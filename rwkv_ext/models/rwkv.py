@@ -89,8 +89,6 @@ class RWKV(nn.Module):
         ends = []
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
-            if recompute and delta is not None:
-                x, delta = x + delta, None  # one tensor to keep, not two
             inputs = (x, delta, att_shift[layer], wkv[layer], ffn_shift[layer], packing)
             x, delta, *end = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
             ends.append(end)
