@@ -104,7 +104,7 @@ def ops_extension():
 def native_extension():
     return Extension(
         "rwkv_ext._native",
-        sources("native*.cpp", "tokenizer/*.cpp"),
+        sources("native*.cpp", "tokenizer/*.cpp", "data/*.cpp"),
         language="c++",
         include_dirs=[pybind11.get_include(), str(ROOT / "csrc")],
         extra_compile_args=[*CXX, "-std=c++17"],

@@ -1,50 +1,25 @@
 // rwkv_ext._native: the tokenizer for Python. C++ errors become ValueError; work runs without Python's lock.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
+#include "native.h"
 
 #include <memory>
 #include <utility>
-#include <vector>
 
 #include "tokenizer/decoder.h"
-#include "tokenizer/encoder.h"
-#include "tokenizer/vocabulary.h"
 
-namespace py = pybind11;
+int64_t read_id(const Tokenizer& tokenizer, py::handle item, size_t index) {
+  const auto number = py::reinterpret_steal<py::object>(PyNumber_Index(item.ptr()));
+  if (!number) {
+    PyErr_Clear();
+    throw py::type_error("decode: ids[" + std::to_string(index) + "] must be an integer, got " +
+                         type_name(item));
+  }
+  int overflow = 0;
+  const long long id = PyLong_AsLongLongAndOverflow(number.ptr(), &overflow);
+  if (overflow != 0) rwkv::throw_bad_id(tokenizer.vocabulary, index, py::str(number));
+  return id;
+}
 
 namespace {
-
-std::string type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }
-
-struct Tokenizer {
-  rwkv::Vocabulary vocabulary;
-  rwkv::Encoder encoder;
-  std::vector<py::object> numbers;  // [65536] each id as a Python int, once a list was asked for
-
-  Tokenizer(std::string_view text, const std::string& name, bool use_vectors)
-      : vocabulary(rwkv::Vocabulary::parse(text, name)), encoder(vocabulary, use_vectors) {}
-};
-
-// A view of any object with contiguous bytes: bytes, bytearray, memoryview, an array; keeps them alive.
-class BytesView {
- public:
-  explicit BytesView(const py::object& object) {
-    if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_SIMPLE) != 0) {
-      PyErr_Clear();
-      throw py::type_error("encode_bytes: data must be contiguous bytes, got " + type_name(object) +
-                           "; use encode() for a str");
-    }
-  }
-  ~BytesView() { PyBuffer_Release(&view_); }
-  BytesView(const BytesView&) = delete;
-  BytesView& operator=(const BytesView&) = delete;
-  std::string_view view() const {
-    return {static_cast<const char*>(view_.buf), static_cast<size_t>(view_.len)};
-  }
-
- private:
-  Py_buffer view_;
-};
 
 rwkv::IdBuffer encode(const Tokenizer& tokenizer, std::string_view text) {
   const py::gil_scoped_release unlock;
@@ -77,20 +52,6 @@ py::array_t<uint16_t> to_array(rwkv::IdBuffer ids) {
   return py::array_t<uint16_t>(count, data, owner);
 }
 
-// One id as int64; an id beyond that is out of range as well and is named in full.
-int64_t read_id(const Tokenizer& tokenizer, py::handle item, size_t index) {
-  const auto number = py::reinterpret_steal<py::object>(PyNumber_Index(item.ptr()));
-  if (!number) {
-    PyErr_Clear();
-    throw py::type_error("decode: ids[" + std::to_string(index) + "] must be an integer, got " +
-                         type_name(item));
-  }
-  int overflow = 0;
-  const long long id = PyLong_AsLongLongAndOverflow(number.ptr(), &overflow);
-  if (overflow != 0) rwkv::throw_bad_id(tokenizer.vocabulary, index, py::str(number));
-  return id;
-}
-
 template <typename Id>
 std::string decode_array(const Tokenizer& tokenizer, const py::array& array) {
   const auto ids = py::array_t<Id, py::array::c_style | py::array::forcecast>::ensure(array);
@@ -116,12 +77,6 @@ std::string decode(const Tokenizer& tokenizer, const py::object& ids) {
   std::vector<int64_t> numbers;
   for (const py::handle item : ids) numbers.push_back(read_id(tokenizer, item, numbers.size()));
   return rwkv::decode(tokenizer.vocabulary, numbers.data(), numbers.size());
-}
-
-// Python's own decoder makes one U+FFFD of each maximal broken piece, as Unicode recommends.
-py::str replace_broken(const std::string& bytes) {
-  return py::reinterpret_steal<py::str>(
-      PyUnicode_DecodeUTF8(bytes.data(), static_cast<py::ssize_t>(bytes.size()), "replace"));
 }
 
 }  // namespace
@@ -163,22 +118,5 @@ PYBIND11_MODULE(_native, module) {
         return lengths;
       });
 
-  struct Stream {
-    const Tokenizer& tokenizer;
-    rwkv::StreamDecoder decoder;
-  };
-  py::class_<Stream>(module, "Stream", "Text of ids that arrive one at a time.")
-      .def(py::init([](const Tokenizer& tokenizer) {
-             return std::make_unique<Stream>(Stream{tokenizer, rwkv::StreamDecoder(tokenizer.vocabulary)});
-           }),
-           py::keep_alive<1, 2>())
-      .def(
-          "push",
-          [](Stream& self, const py::object& id) {
-            return replace_broken(self.decoder.push(read_id(self.tokenizer, id, self.decoder.pushed())));
-          },
-          py::arg("id"), "Add one id and return the characters it completes, perhaps none.")
-      .def(
-          "flush", [](Stream& self) { return replace_broken(self.decoder.flush()); },
-          "Return U+FFFD if a character was left incomplete, else nothing, and start anew.");
+  bind_stream(module);
 }
