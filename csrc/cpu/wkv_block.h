@@ -85,7 +85,7 @@ class TokenRows {
   T* copies_;
 };
 
-// rate = exp(w) and decay = exp(-rate) of rows of whole lanes.
+// rate = exp(w) and then decay = exp(-rate) of rows of whole lanes; who needs no rates gives the decays' rows for both.
 template <class T, int kRows, int kWide>
 [[gnu::always_inline]] inline void decay_panel(const T* const (&w)[kRows], T* const (&rate)[kRows],
                                                T* const (&decay)[kRows], int64_t column) {
@@ -109,11 +109,6 @@ inline void decay_rows(const T* const (&w)[kRows], T* const (&rate)[kRows], T* c
   int64_t i = 0;
   for (; i + 2 * kLanes<T> <= stride; i += 2 * kLanes<T>) decay_panel<T, kRows, 2>(w, rate, decay, i);
   for (; i < stride; i += kLanes<T>) decay_panel<T, kRows, 1>(w, rate, decay, i);
-}
-
-template <class T>
-inline void decay_row(const T* w, T* rate, T* decay, int64_t stride) {
-  decay_rows<T, 1>({w}, {rate}, {decay}, stride);
 }
 
 // k~ and W of one panel of keys, and the state update that goes with them: these operations in this order, wherever a

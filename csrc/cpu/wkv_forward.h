@@ -120,12 +120,12 @@ class ForwardSequence {
   ForwardSequence(const WkvForwardParams& params, const Sequence& sequence, int64_t head, Columns columns)
       : p_(params), at_(sequence), head_(head), columns_(columns), size_(kSize ? kSize : params.shape.head_size),
         stride_(padded(size_, kPanelColumns<T>)), width_(padded(columns.count, kPanelColumns<T>)),
-        scratch_(size_ * width_ + 5 * kBlock * stride_ + BlockKeys<T>::kRows * stride_ + (2 * kBlock + 3) * stride_),
+        scratch_(size_ * width_ + 5 * kBlock * stride_ + BlockKeys<T>::kRows * stride_ + (kBlock + 3) * stride_),
         r_(all_keys(params.r)), k_(all_keys(params.k)), w_(all_keys(params.w)), v_(own_columns(params.v)),
         y_(own_columns(params.y)) {
     state_ = scratch_.take_zeros(size_ * width_);
     keys_.rows = scratch_.take(BlockKeys<T>::kRows * stride_);
-    for (int t = 0; t < kBlock; ++t) rate_[t] = scratch_.take(stride_), decay_[t] = scratch_.take(stride_);
+    for (T*& row : decay_) row = scratch_.take(stride_);
     u_ = scratch_.take_zeros(stride_);
     zeros_ = scratch_.take_zeros(stride_), ones_ = scratch_.take(stride_);
     for (int64_t i = 0; i < stride_; ++i) ones_[i] = T(1);
@@ -180,7 +180,7 @@ class ForwardSequence {
     if (p_.shape.constant_decay && block.first > at_.first_token) return;
     const T* w[kBlock];
     w_.read(block, zeros_, w);
-    decay_rows(w, rate_, decay_, stride_);
+    decay_rows(w, decay_, decay_, stride_);
   }
 
   const WkvForwardParams& p_;
@@ -191,5 +191,5 @@ class ForwardSequence {
   Scratch<T> scratch_;
   TokenRows<T, kSize> r_, k_, w_, v_, y_;
   BlockKeys<T> keys_;
-  T *state_, *rate_[kBlock], *decay_[kBlock], *u_, *zeros_, *ones_;
+  T *state_, *decay_[kBlock], *u_, *zeros_, *ones_;
 };

@@ -31,17 +31,17 @@ template <class T, int kSize>
 void step_row(const WkvStepParams& p, int64_t row, int64_t head) {
   const int64_t size = kSize ? kSize : p.shape.head_size, stride = padded(size, kPanelColumns<T>);
   const int64_t slot = p.slots ? p.slots[row] : row;
-  Scratch<T> scratch(9 * stride + (stride == size ? 0 : size * stride));
+  Scratch<T> scratch(8 * stride + (stride == size ? 0 : size * stride));
   T *r = scratch.take_zeros(stride), *k = scratch.take_zeros(stride), *v = scratch.take_zeros(stride);
   T *w = scratch.take_zeros(stride), *u = scratch.take_zeros(stride), *y = scratch.take_zeros(stride);
-  T *rate = scratch.take(stride), *decay = scratch.take(stride), *ru = scratch.take(stride);
+  T *decay = scratch.take(stride), *ru = scratch.take(stride);
   if (slot >= 0) {
     load_row(r, p.r, row, 0, head, size);
     load_row(k, p.k, row, 0, head, size);
     load_row(v, p.v, row, 0, head, size);
     load_row(w, p.w, row, 0, head, size);
     load_row(u, p.u, 0, 0, head, size);
-    decay_row(w, rate, decay, stride);
+    decay_rows<T, 1>({w}, {decay}, {decay}, stride);
     for (int64_t i = 0; i < stride; i += kLanes<T>) store<T>(ru + i, load<T>(r + i) * load<T>(u + i));
     T* state = static_cast<T*>(p.state) + (slot * p.shape.heads + head) * size * size;
     const T bonus = dot(ru, k, stride);

@@ -34,10 +34,10 @@ class SummarySequence {
   SummarySequence(const WkvSummaryParams& params, const Sequence& sequence, int64_t head, Columns columns)
       : p_(params), at_(sequence), head_(head), columns_(columns), size_(kSize ? kSize : params.shape.head_size),
         stride_(padded(size_, kPanelColumns<T>)), width_(padded(columns.count, kPanelColumns<T>)),
-        scratch_(size_ * width_ + 3 * kBlock * stride_ + (3 * kBlock + 4) * stride_),
+        scratch_(size_ * width_ + 3 * kBlock * stride_ + (2 * kBlock + 4) * stride_),
         k_(all_keys(params.k)), w_(all_keys(params.w)), v_(own_columns(params.v)) {
     state_ = scratch_.take_zeros(size_ * width_);
-    for (int t = 0; t < kBlock; ++t) rate_[t] = scratch_.take(stride_), decay_[t] = scratch_.take(stride_);
+    for (T*& row : decay_) row = scratch_.take(stride_);
     for (T*& row : folded_k_) row = scratch_.take(stride_);
     folded_decay_ = scratch_.take(stride_), zeros_ = scratch_.take_zeros(stride_);
     ones_ = scratch_.take(stride_), total_ = scratch_.take(stride_);
@@ -74,7 +74,7 @@ class SummarySequence {
     if (!p_.shape.constant_decay || done == 0) {
       const T* w[kBlock];
       w_.read(block, zeros_, w);
-      decay_rows(w, rate_, decay_, stride_);
+      decay_rows(w, decay_, decay_, stride_);
     }
     for (int t = 0; t < kBlock; ++t) decay[t] = t < block.count ? decay_[t] : ones_;
     for (int64_t i = 0; i < stride_; i += kLanes<T>) {
@@ -100,5 +100,5 @@ class SummarySequence {
   const int64_t size_, stride_, width_;
   Scratch<T> scratch_;
   TokenRows<T, kSize> k_, w_, v_;
-  T *state_, *rate_[kBlock], *decay_[kBlock], *folded_k_[kBlock], *folded_decay_, *zeros_, *ones_, *total_;
+  T *state_, *decay_[kBlock], *folded_k_[kBlock], *folded_decay_, *zeros_, *ones_, *total_;
 };
