@@ -1,6 +1,5 @@
 """Files that documents come from: plain, compressed (.gz, .zst) or standard input, read as one stream of bytes."""
 
-import gzip
 import io
 import sys
 import zlib
@@ -72,7 +71,7 @@ class _Decompressed(io.RawIOBase):
     def __init__(self, file, path: Path):
         self._file, self._path = file, path
         if path.suffix.lower() == ".gz":
-            self._new, self._errors = lambda: zlib.decompressobj(31), (zlib.error, gzip.BadGzipFile)
+            self._new, self._errors = lambda: zlib.decompressobj(31), (zlib.error,)
         else:
             zstandard = optional_package("zstandard", path)
             self._new = lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
