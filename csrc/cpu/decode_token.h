@@ -284,11 +284,6 @@ class Token {
 
   static void* at_of(const Vector& row, int64_t offset) { return at(row.data, row.storage, offset); }
 
-  static Dtype dtype_of(Storage storage) {
-    return storage == Storage::kBFloat16 ? Dtype::kBFloat16
-                                         : storage == Storage::kFloat16 ? Dtype::kFloat16 : Dtype::kFloat32;
-  }
-
   const DecodeParams& p_;
   const WkvKernels& wkv_;
   const int64_t attention_;

@@ -24,10 +24,13 @@ inline float number_at(const Vector& row, int64_t i) {
   }
 }
 
+inline Dtype dtype_of(Storage storage) {
+  return storage == Storage::kBFloat16 ? Dtype::kBFloat16
+                                       : storage == Storage::kFloat16 ? Dtype::kFloat16 : Dtype::kFloat32;
+}
+
 inline void store_row(const float* from, void* data, Storage storage, int64_t first, int64_t size) {
-  const Dtype dtype = storage == Storage::kBFloat16  ? Dtype::kBFloat16
-                      : storage == Storage::kFloat16 ? Dtype::kFloat16
-                                                     : Dtype::kFloat32;
+  const Dtype dtype = dtype_of(storage);
   store_row(from, static_cast<char*>(data) + first * bytes_of(dtype), dtype, size);
 }
 

@@ -55,7 +55,7 @@ inline Tensor sum_of_blocks(const Tensor& partial, int64_t part, const Tensor& l
 
 inline int64_t blocks_of(int64_t rows) { return (rows + kPartialRows - 1) / kPartialRows; }
 
-// Calls kernel(params, begin, end, scratch...) over `rows`, with scratch for `scratch_elements` doubles.
+// Calls kernel(begin, end, scratch) for pieces of `rows`, each piece with `scratch_elements` doubles of its own.
 template <class Kernel>
 void for_rows(int64_t rows, int64_t grain, int64_t scratch_elements, const Kernel& kernel) {
   parallel_for(rows, grain, [&](int64_t begin, int64_t end) {
