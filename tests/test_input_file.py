@@ -143,6 +143,13 @@ def test_gzip_padded_with_zeros(tmp_path):
     assert texts_of(path) == TEXTS
 
 
+def test_gzip_after_zeros(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(bytes(4) + COMPRESS[".gz"](LINES))
+    with pytest.raises(ValueError, match="must be a whole .gz file"):
+        texts_of(path)
+
+
 @pytest.mark.parametrize("suffix", COMPRESS)
 def test_empty_compressed_file(tmp_path, suffix):
     path = tmp_path / f"a.txt{suffix}"

@@ -55,6 +55,34 @@ def test_merge_keeps_documents_and_their_order(tmp_path):
     assert documents_of(merge(inputs[:1], tmp_path / "out", overwrite=True)) == first
 
 
+def test_copies_are_bounded(tmp_path, monkeypatch):
+    """No more than COPIED_TOKENS at once, or one document."""
+    documents = random_documents(60, seed=2, longest=20)
+    merge([write(tmp_path / "a", documents)], tmp_path / "out")
+    calls, add = [], BinidxWriter.add_documents
+
+    def watched(writer, ids, sizes):
+        calls.append(sizes.tolist())
+        add(writer, ids, sizes)
+
+    monkeypatch.setattr(BinidxWriter, "add_documents", watched)
+    assert documents_of(merge([tmp_path / "a"], tmp_path / "out", overwrite=True)) == documents
+    assert all(sum(sizes) <= shards.COPIED_TOKENS or len(sizes) == 1 for sizes in calls)
+    assert max(map(len, calls)) > 1
+
+
+def test_merge_checks_documents_that_opening_does_not_look_at(tmp_path):
+    prefix = write(tmp_path / "many", [[7, 7, 0]] * 20_000)
+    idx_path = shard_files(prefix)[1]
+    with open(idx_path, "r+b") as file:
+        file.seek(HEADER.size + 4 * 700)
+        file.write(struct.pack("<ii", 2, 4))  # two sizes that add up as before
+    BinidxReader(prefix)
+    with pytest.raises(ValueError, match="many.idx: document 701 must start at byte 4204"):
+        merge([prefix], tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_merge_refuses_and_leaves_nothing(tmp_path):
     good, wide = write(tmp_path / "good", [[1, 0]]), write_int32(tmp_path / "wide", [[5, 0], [70000, 0]])
     with pytest.raises(ValueError, match="wide.bin: the token at byte 8 must be an id of the vocabulary, got 70000"):

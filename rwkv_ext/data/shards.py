@@ -123,8 +123,9 @@ def _copy(reader: BinidxReader, begin: int, end: int, writer: BinidxWriter) -> N
     item = reader.dtype.itemsize
     while begin < end:
         start = int(reader.offsets[begin])
-        near = int(np.searchsorted(reader.offsets[begin:end], start + COPIED_TOKENS * item, "right"))
-        stop = end if begin + near == end else begin + max(1, near - 1)  # the last that begins near may end far away
+        # A document ends where the next one starts; the last of all goes by itself.
+        whole = int(np.searchsorted(reader.offsets[begin + 1 : end], start + COPIED_TOKENS * item, "right"))
+        stop = begin + max(1, whole)
         sizes, first = reader.sizes[begin:stop], start // item
         writer.add_documents(reader.tokens[first : first + int(sizes.sum(dtype=np.int64))], sizes)
         begin = stop
