@@ -1,4 +1,4 @@
-"""The order of samples: RWKV-LM's vectors, permutations, several shards, several ranks, later passes."""
+"""The order of samples: RWKV-LM's vectors, permutations, several shards as one file, several ranks, later passes."""
 
 import hashlib
 import math
@@ -90,8 +90,8 @@ def test_every_sample_of_small_data_lies_inside(tmp_path, n_tokens):
     sampler = Sampler(reader, ctx_len=8)
     assert sampler.prime == magic_prime(n_tokens, 8)
     for index in range(5 * sampler.prime):
-        shard, start = sampler.locate(index)
-        assert shard == 0 and 0 <= start and start + 9 <= n_tokens
+        start = sampler.locate(index)
+        assert 0 <= start and start + 9 <= n_tokens
         assert len(sampler.sample(index)) == 9
 
 
@@ -110,49 +110,44 @@ def test_samples_of_a_step_do_not_depend_on_the_ranks(tmp_path):
     assert list(steps(8, 2)) == list(steps(4, 4)) == list(steps(16, 1)) == single
     # Two accumulated halves of a step are the step: numbering is all there is.
     halves = [sampler.batch(range(8 * half, 8 * half + 8)) for half in range(40)]
-    assert [
-        sorted(map(tuple, np.concatenate(halves[2 * i : 2 * i + 2]).tolist())) for i in range(20)
-    ] == single
+    assert [sorted(map(tuple, np.concatenate(halves[2 * i : 2 * i + 2]).tolist())) for i in range(20)] == single
 
 
-def test_several_shards_are_one_row_of_slots(tmp_path):
-    sizes = [8 * 20 + 1, 5, 8 * 7, 8 * 30 + 3, 8 * 50]  # slots: 20, 0, 6, 30, 49
+def test_several_shards_are_cut_like_one_file(tmp_path):
+    sizes = [8 * 20 + 1, 5, 8 * 7, 8 * 30 + 3, 8 * 50]
     readers = [make(tmp_path / str(i), size, seed=i) for i, size in enumerate(sizes)]
+    whole = np.concatenate([reader.tokens for reader in readers])
     sampler = Sampler(readers, ctx_len=8)
-    assert sampler.n_slots == 105 and sampler.prime == 101
-    row = []
-    for shard, slots in enumerate([20, 0, 6, 30, 49]):
-        row += [(shard, 8 * slot) for slot in range(slots)]
-    places = [sampler.locate(index) for index in range(101)]
-    assert places == [row[cubic_slot(101, index + 1)] for index in range(101)]
-    assert sorted(places) == row[:101]
-    for index, (shard, start) in enumerate(places):
-        np.testing.assert_array_equal(sampler.sample(index), readers[shard].tokens[start : start + 9])
+    assert sampler.n_tokens == len(whole) == 865 and sampler.n_slots == 108
+    assert sampler.prime == magic_prime(865, 8) == 107
+    for index in range(107):
+        start = sampler.locate(index)
+        assert start == 8 * cubic_slot(107, index + 1)
+        np.testing.assert_array_equal(sampler.sample(index), whole[start : start + 9])
     assert Sampler(readers[::-1], 8).fingerprint() != sampler.fingerprint()
 
 
 def test_later_passes_cut_elsewhere_and_reach_what_the_prime_leaves_over(tmp_path):
-    # 43 slots hold p = 41; 12 tokens remain behind them.
-    readers = [make(tmp_path / "one", 16 * 21 + 7), make(tmp_path / "two", 16 * 22 + 6)]
+    # 44 slots, of which p = 41 take part in a pass; the last token has no slot. A border of shards lies inside slot 21.
+    readers = [make(tmp_path / "one", 16 * 21 + 7), make(tmp_path / "two", 16 * 22 + 10)]
     sampler = Sampler(readers, ctx_len=16)
-    assert (sampler.n_slots, sampler.prime) == (43, 41)
+    n_tokens = 16 * 43 + 17
+    assert (sampler.n_tokens, sampler.n_slots, sampler.prime) == (n_tokens, 44, 41)
     passes = [[sampler.locate(q * 41 + i) for i in range(41)] for q in range(60)]
     assert all(len(set(places)) == 41 for places in passes)
     assert len({tuple(sorted(places)) for places in passes}) == 60
-    ends = [reader.n_tokens - 17 for reader in readers]
-    assert all(0 <= start <= ends[shard] for places in passes for shard, start in places)
-    seen = [np.zeros(reader.n_tokens, bool) for reader in readers]
-    for shard, start in sum(passes, []):
-        seen[shard][start : start + 17] = True
-    assert all(mask.all() for mask in seen)  # to the last token of every shard
+    assert all(0 <= start <= n_tokens - 17 for places in passes for start in places)
+    seen = np.zeros(n_tokens, bool)
+    for start in sum(passes, []):
+        seen[start : start + 17] = True
+    assert seen.all()  # to the last token
     shift = pass_shift(1, 16)
-    slot = (cubic_slot(41, 42) + 41) % 43
-    assert passes[1][0] == ((0, 16 * slot + shift) if slot < 21 else (1, 16 * (slot - 21) + shift))
+    assert passes[1][0] == 16 * ((cubic_slot(41, 42) + 41) % 44) + shift
 
 
 def test_slots_of_passes_follow_each_other_in_a_ring(tmp_path):
     sampler = Sampler(make(tmp_path / "shard", 8 * 11), ctx_len=8)  # 10 slots, p = 5
-    slots = [{sampler.locate(5 * q + i)[1] // 8 for i in range(5)} for q in range(4)]
+    slots = [{sampler.locate(5 * q + i) // 8 for i in range(5)} for q in range(4)]
     assert slots == [{0, 1, 2, 3, 4}, {5, 6, 7, 8, 9}] * 2
 
 
@@ -166,7 +161,7 @@ def test_shifts_spread_evenly_and_are_fixed_for_ever():
 
 def test_given_prime(tmp_path):
     reader = make(tmp_path / "shard", 8 * 100)
-    assert Sampler(reader, 8, prime=83).locate(0) == (0, 8 * cubic_slot(83, 1))
+    assert Sampler(reader, 8, prime=83).locate(0) == 8 * cubic_slot(83, 1)
     for prime in (97, 91, 1, 4):
         with pytest.raises(
             ValueError, match=f"prime must be a prime number that is 2 mod 3, got {prime}; leave it out"
@@ -180,9 +175,7 @@ def test_given_prime(tmp_path):
 
 def test_too_little_data(tmp_path):
     reader = make(tmp_path / "shard", 3 * 512 - 1)
-    message = (
-        "ctx_len must be at most a third of the data's tokens, got ctx_len 512 for 1535 tokens; use a shorter"
-    )
+    message = "ctx_len must be at most a third of the data's tokens, got ctx_len 512 for 1535 tokens; use a shorter"
     with pytest.raises(ValueError, match=message):
         Sampler(reader, 512)
     with pytest.raises(ValueError, match=message):

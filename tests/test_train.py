@@ -232,7 +232,7 @@ def test_train_user_errors(tmp_path, capsys, monkeypatch):
     vocabulary = message("model.vocab_size=100", "data.validation=[]")
     assert re.search(r"model.vocab_size must be above .*, got 100 and token 127 in shard .*train;", vocabulary)
     assert "data.train and data.validation must hold no empty name, got ''" in message('data.validation=""')
-    assert "data.validation must hold a window of ctx_len + 1 = 2001 tokens, got [1206] tokens" in message(
+    assert "data.validation must hold a window of ctx_len + 1 = 2001 tokens, got 1206 tokens" in message(
         "data.ctx_len=2000"
     )
     assert "dim_att must be a multiple of head_size" in message("model.head_size=24")

@@ -108,6 +108,32 @@ def test_train_resume_refuses_another_run(whole, tmp_path, monkeypatch, change, 
             run.run("--traceback", "--dry-run", "--set", change)
 
 
+def test_train_resume_refuses_an_order_of_older_versions(whole, tmp_path, capsys):
+    run = TinyRun(tmp_path)
+    whole.copy_checkpoint(6, run)
+    path, done = (run.output / "step_6" / name for name in ("state.json", "DONE"))
+    state, sizes = json.loads(path.read_text()), json.loads(done.read_text())
+    del state["identity"]["data.weights (the order of samples)"]
+    path.write_text(json.dumps(state, indent=1))
+    sizes["bytes"]["state.json"] = path.stat().st_size
+    done.write_text(json.dumps(sizes))
+    assert run.run() == 1
+    error = capsys.readouterr().err
+    assert "step_6 does not say its data.weights (the order of samples): a version saved it whose samples come" in error
+    assert "finish that run with the version that began it, or set checkpoint.folder to a new folder" in error
+
+
+def test_train_resume_knows_merged_shards(whole, tmp_path):
+    """The run that stood on one shard goes on from that shard's parts, in a folder."""
+    from rwkv_ext.data.shards import split_evenly
+
+    run = TinyRun(tmp_path)
+    whole.copy_checkpoint(6, run)
+    split_evenly(tmp_path / "train", tmp_path / "parts" / "part", 5)
+    assert run.run("--set", f"data.train={tmp_path / 'parts'}") == 0
+    same_result(run, whole)
+
+
 def test_train_resume_tells_what_changes_without_harm(whole, tmp_path, capsys):
     run = TinyRun(tmp_path)
     whole.copy_checkpoint(6, run)

@@ -183,9 +183,15 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 def check_identity(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
     """Refuse a resume whose data or model is not that of the checkpoint: ValueError naming the key."""
     for key, value in current.items():
-        if saved.get(key) != value:
+        if key not in saved:
             raise ValueError(
-                f"resume: {key} must be {saved.get(key)!r} as in {path}, got {value!r}; "
+                f"resume: {path} does not say its {key}: a version saved it whose samples come in another order; "
+                "finish that run with the version that began it, or set checkpoint.folder to a new folder "
+                "to start afresh"
+            )
+        if saved[key] != value:
+            raise ValueError(
+                f"resume: {key} must be {saved[key]!r} as in {path}, got {value!r}; "
                 "restore it, or set checkpoint.folder to a new folder to start afresh"
             )
 

@@ -54,15 +54,15 @@ class DataTable:
     """[data]: token shards (PREFIX.bin and PREFIX.idx, made by `rwkv-ext data build`) and how windows are cut."""
 
     train: list[str]
-    """Shard prefixes to learn from, relative to the working directory."""
+    """Shard prefixes, or folders of shards, to learn from: one stream. Relative to the working directory."""
     ctx_len: int
     """Tokens per window T; the state starts at zero in every window."""
     mode: Literal["stream", "packed"] = "stream"
     """"stream": the state runs through document ends (token 0), as in the World models; "packed": it is reset there."""
     validation: list[str] = field(default_factory=list)
-    """Shard prefixes never trained on; empty means no validation loss."""
+    """Shard prefixes, or folders, never trained on; empty means no validation loss."""
     validation_windows: int = 64
-    """Windows measured in each validation, evenly spaced over the shards; 0 means all of them."""
+    """Windows measured in each validation, evenly spaced over the tokens; 0 means all of them."""
     prime: int | None = None
     """The order's prime (p % 3 == 2); the largest that fits the shards when left out."""
     vocabulary: Literal["world", "none"] = "world"

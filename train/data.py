@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from rwkv_ext.data.binidx import BinidxReader
-from rwkv_ext.data.sampler import Sampler
+from rwkv_ext.data.sampler import Sampler, read_windows
+from rwkv_ext.data.token_stream import TokenStream
 from train.config import Config
 from train.distributed import Ranks
 
@@ -50,14 +50,12 @@ class TrainingData:
     """The batches of this rank, one step ahead of the loop in a thread."""
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
-        """Open the shards; FileNotFoundError or ValueError from the reader or the sampler names what is wrong."""
+        """Open the shards; FileNotFoundError or ValueError from the stream or the sampler names what is wrong."""
         self._config, self._ranks = config, ranks
         self._accumulation = config.train.accumulation(ranks.size)
-        self.readers = [BinidxReader(prefix) for prefix in config.data.train]
-        for reader in self.readers:  # in 16 places now, and every sample as it is read
-            for start in np.linspace(0, max(0, reader.n_tokens - 4096), 16, dtype=np.int64):
-                check_vocabulary(reader.tokens[start : start + 4096], config.model.vocab_size, f"shard {reader.prefix}")
-        self.sampler = Sampler(self.readers, config.data.ctx_len, config.data.prime)
+        stream = TokenStream(config.data.train)
+        check_shards(stream, config.model.vocab_size)
+        self.sampler = Sampler(stream, config.data.ctx_len, config.data.prime)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[int, Future] | None = None
 
@@ -97,39 +95,40 @@ def check_vocabulary(windows: np.ndarray, vocab_size: int, where: str) -> None:
         )
 
 
+def check_shards(stream: TokenStream, vocab_size: int) -> None:
+    """ValueError if a token in 16 places of a shard has no row; what a run reads is checked as it is read."""
+    for shard in stream.shards:
+        size = min(4096, shard.n_tokens)
+        for start in np.linspace(0, shard.n_tokens - size, 16, dtype=np.int64):
+            check_vocabulary(stream.read(shard.first + int(start), size), vocab_size, f"shard {shard.prefix}")
+
+
 class HeldOut:
     """A fixed set of windows of the validation shards: the same in every validation, for any number of ranks."""
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self._config, self._ranks = config, ranks
-        self._readers = [BinidxReader(prefix) for prefix in config.data.validation]
-        width = config.data.ctx_len
-        slots = [
-            (shard, slot * width)
-            for shard, reader in enumerate(self._readers)
-            for slot in range((reader.n_tokens - 1) // width)
-        ]
-        if not slots:
+        self._stream = TokenStream(config.data.validation)
+        width, n_tokens = config.data.ctx_len, self._stream.n_tokens
+        n_slots = max(0, n_tokens - 1) // width
+        if not n_slots:
             raise ValueError(
-                f"data.validation must hold a window of ctx_len + 1 = {width + 1} tokens, got "
-                f"{[reader.n_tokens for reader in self._readers]} tokens; use more text or a smaller ctx_len"
+                f"data.validation must hold a window of ctx_len + 1 = {width + 1} tokens, got {n_tokens} tokens; "
+                "use more text or a smaller ctx_len"
             )
-        count = min(len(slots), config.data.validation_windows or len(slots))
-        self._slots = [slots[index * len(slots) // count] for index in range(count)]
+        count = min(n_slots, config.data.validation_windows or n_slots)
+        self._starts = [index * n_slots // count * width for index in range(count)]
 
     def __len__(self) -> int:
-        return len(self._slots)
+        return len(self._starts)
 
     def batches(self):
         """Yield (Batch, counts) for this rank; counts is False for a repeat that only keeps the ranks in step."""
         micro, ranks = self._config.train.micro_batch, self._ranks
-        for first in range(0, len(self._slots), micro * ranks.size):
+        for first in range(0, len(self._starts), micro * ranks.size):
             start = first + ranks.rank * micro
-            chosen = self._slots[start : start + micro]
-            windows = self._read(chosen or self._slots[:1])
+            chosen = self._starts[start : start + micro]
+            places = [(self._stream, at) for at in chosen or self._starts[:1]]
+            windows = read_windows(places, self._config.data.ctx_len + 1)
             check_vocabulary(windows, self._config.model.vocab_size, "the validation shards")
             yield make_batch(windows, self._config.data.mode, ranks.device), bool(chosen)
-
-    def _read(self, slots: list[tuple[int, int]]) -> np.ndarray:
-        width = self._config.data.ctx_len + 1
-        return np.stack([self._readers[shard].tokens[at : at + width] for shard, at in slots]).astype(np.int64)

@@ -1,6 +1,7 @@
 """The order of training samples, a pure function of the sample's number: RWKV-LM's cubic permutation.
 
-A sample is ctx_len + 1 tokens. Sample number ii, from 1, starts at token slot(ii) * ctx_len of the stream:
+A sample is ctx_len + 1 tokens of a stream: one shard, or several back to back. Number ii, from 1, starts at token
+slot(ii) * ctx_len:
     slot(ii) = int(p * (sqrt(5) - 1) / 2) * ii**3 mod p
 with p the largest prime that is 2 mod 3 and fits the data. Cubing permutes the integers mod such p, so each
 run of p samples (a pass) visits p slots once, in scattered order; one number is all a run needs to resume,
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rwkv_ext.data.binidx import BinidxReader
+from rwkv_ext.data.token_stream import TokenStream
 
 GOLDEN = 0x9E3779B97F4A7C15  # the golden ratio's fraction, times 2**64: its multiples spread evenly
 
@@ -56,62 +57,55 @@ def cubic_slot(prime: int, ii: int) -> int:
 
 
 class Sampler:
-    """Cut training samples from one shard or from several, which count as one row of slots.
+    """Cut training samples from a stream of tokens; from one shard or several, the order is RWKV-LM's for one file.
 
-    Shard j has (tokens_j - 1) // ctx_len slots; no sample crosses from one shard into the next. For a single
-    shard the order is RWKV-LM's. The samples of an optimizer step depend on its sample numbers alone, not on
-    how ranks share them.
+    Slots are cut across the borders of shards, so shards give the samples of the one shard merged from them. The
+    samples of an optimizer step depend on its sample numbers alone, not on how ranks share them. A sampler has no
+    state: it can be pickled, forked and shared by threads.
 
     Args:
-        readers: a BinidxReader or a sequence of them; their order matters.
+        data: a TokenStream, or what one is made of: a shard's name, a folder, a BinidxReader, a sequence of them.
         ctx_len: tokens a sample predicts; a sample has one more.
         prime: the `magic_prime` of an older run; None computes the largest that fits.
 
-    Attributes: prime, samples_per_pass (equal to it), n_tokens.
+    Attributes: stream, ctx_len, n_tokens, n_slots; prime, samples_per_pass (equal to it).
     """
 
-    def __init__(self, readers: BinidxReader | Sequence[BinidxReader], ctx_len: int, prime=None):
-        self.readers = [readers] if isinstance(readers, BinidxReader) else list(readers)
+    def __init__(self, data, ctx_len: int, prime: int | None = None):
+        self.stream = data if isinstance(data, TokenStream) else TokenStream(data)
         self.ctx_len = _check_ctx_len(ctx_len)
-        self.n_tokens = sum(reader.n_tokens for reader in self.readers)
-        slots = [max(0, reader.n_tokens - 1) // ctx_len for reader in self.readers]
-        self._first_slot = np.cumsum([0, *slots])  # [shards + 1]
-        self.n_slots = int(self._first_slot[-1])
-        # RWKV-LM's limit for one shard; the slots lost at the ends of several may lower it.
-        limit = min(self.n_tokens // ctx_len - 1, self.n_slots)
+        self.n_tokens = self.stream.n_tokens
+        self.n_slots = max(0, self.n_tokens - 1) // self.ctx_len
         if prime is None:
-            _check_enough(self.n_tokens, limit, ctx_len)
-            prime = largest_prime(limit)
+            prime = magic_prime(self.n_tokens, ctx_len)
         self.prime = self.samples_per_pass = self._check_prime(prime)
 
     def sample(self, index: int) -> np.ndarray:
         """Return sample number index + 1, for any index >= 0: int64 [ctx_len + 1], inputs and targets."""
-        shard, start = self.locate(index)
-        return self.readers[shard].tokens[start : start + self.ctx_len + 1].astype(np.int64)
+        return self.batch([index])[0]
 
     def batch(self, indices) -> np.ndarray:
         """Return several samples: int64 [n, ctx_len + 1]."""
-        out = np.empty((len(indices), self.ctx_len + 1), dtype=np.int64)
-        for row, index in zip(out, indices, strict=True):
-            shard, start = self.locate(index)
-            row[:] = self.readers[shard].tokens[start : start + self.ctx_len + 1]
-        return out
+        return read_windows([(self.stream, self.locate(index)) for index in indices], self.ctx_len + 1)
 
-    def locate(self, index: int) -> tuple[int, int]:
-        """Return (shard, first token in it) of sample number index + 1."""
+    def will_read(self, indices) -> None:
+        """Ask the system to fetch these samples from the disk; return at once."""
+        for index in indices:
+            self.stream.will_read(self.locate(index), self.ctx_len + 1)
+
+    def locate(self, index: int) -> int:
+        """Return the stream's position of the first token of sample number index + 1."""
         index = operator.index(index)
         if index < 0:
             raise ValueError(f"sample: index must be 0 or more, got {index}")
         number = index // self.prime
         slot = (cubic_slot(self.prime, index + 1) + number * self.prime) % self.n_slots
-        shard = int(np.searchsorted(self._first_slot, slot, side="right")) - 1
-        start = (slot - int(self._first_slot[shard])) * self.ctx_len + pass_shift(number, self.ctx_len)
-        # Shifted, the last slot of a shard may no longer fit: it moves back to the shard's end.
-        return shard, min(start, self.readers[shard].n_tokens - 1 - self.ctx_len)
+        # Shifted, the last slot may no longer fit: it moves back to the end.
+        return min(slot * self.ctx_len + pass_shift(number, self.ctx_len), self.n_tokens - 1 - self.ctx_len)
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 that names the data and the order: equal fingerprints give equal samples."""
-        parts = [reader.fingerprint() for reader in self.readers] + [str(self.ctx_len), str(self.prime)]
+        """Return a SHA-256 that names the tokens and the order: equal fingerprints give equal samples."""
+        parts = [self.stream.fingerprint(), str(self.ctx_len), str(self.prime)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def _check_prime(self, prime: int) -> int:
@@ -124,6 +118,16 @@ class Sampler:
             advice = "is it the prime of another data set or ctx_len?"
             raise ValueError(f"Sampler: prime must be at most {most}, got {prime}; {advice}")
         return prime
+
+
+def read_windows(places: Sequence[tuple[TokenStream, int]], width: int) -> np.ndarray:
+    """Return `width` tokens from each (stream, start): int64 [n, width]. The disk fetches them all at the same time."""
+    for stream, start in places:
+        stream.will_read(start, width)
+    out = np.empty((len(places), width), dtype=np.int64)
+    for row, (stream, start) in zip(out, places, strict=True):
+        stream.read_into(start, row)
+    return out
 
 
 def pass_shift(number: int, ctx_len: int) -> int:
