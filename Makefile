@@ -97,4 +97,4 @@ lint: build
 	@test "$$(wc -l < setup.py)" -le 120 || { echo "setup.py has more than 120 lines"; exit 1; }
 
 clean:
-	rm -rf build .venv demo runs *.egg-info rwkv_ext/*.so
+	rm -rf build .venv demo runs *.egg-info rwkv_ext/*.so rwkv_ext/vocabulary/*.bin

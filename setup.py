@@ -66,8 +66,7 @@ def choose_cuda():
 def gencode():
     flags = []
     for arch in ARCHS.replace(";", " ").split():
-        match = re.fullmatch(r"(\d+)\.(\d)(a?)(\+PTX)?", arch)
-        if not match or int(match[1]) < 8:
+        if not (match := re.fullmatch(r"(\d+)\.(\d)(a?)(\+PTX)?", arch)) or int(match[1]) < 8:
             sys.exit(f"rwkv_ext: TORCH_CUDA_ARCH_LIST: {arch!r} must look like 9.0 or 9.0+PTX and be 8.0 or newer")
         number = match[1] + match[2] + match[3]
         codes = [f"sm_{number}"] + ([f"compute_{number}"] if match[4] else [])
@@ -105,16 +104,17 @@ def native_extension():
     return Extension(
         "rwkv_ext._native",
         sources("native*.cpp", "tokenizer/*.cpp", "data/*.cpp"),
-        language="c++",
         include_dirs=[pybind11.get_include(), str(ROOT / "csrc")],
-        extra_compile_args=[*CXX, "-std=c++17"],
+        extra_compile_args=[*CXX, "-std=c++17", "-pthread"],
     )
 
 
 class BuildExtension(cpp_extension.BuildExtension):
-    def finalize_options(self):
-        super().finalize_options()
+    def run(self):
         self.build_temp = "build/objects"  # pip's own would be thrown away; this one makes every build incremental
+        super().run()
+        library = self.get_ext_fullpath("rwkv_ext._native")
+        subprocess.run([sys.executable, "rwkv_ext/vocabulary/compiler.py", library], check=True)
 
 
 setup(ext_modules=[ops_extension(), native_extension()], cmdclass={"build_ext": BuildExtension})

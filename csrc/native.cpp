@@ -1,6 +1,7 @@
 // rwkv_ext._native: the tokenizer for Python. C++ errors become ValueError; work runs without Python's lock.
 #include "native.h"
 
+#include <algorithm>
 #include <memory>
 #include <utility>
 
@@ -79,6 +80,19 @@ std::string decode(const Tokenizer& tokenizer, const py::object& ids) {
   return rwkv::decode(tokenizer.vocabulary, numbers.data(), numbers.size());
 }
 
+py::bytes to_bytes(const rwkv::Sha256& digest) {
+  return py::bytes(reinterpret_cast<const char*>(digest.data()), digest.size());
+}
+
+rwkv::Sha256 to_digest(std::string_view bytes) {
+  rwkv::Sha256 digest;
+  if (bytes.size() != digest.size()) {
+    throw py::value_error("compile_vocabulary: sha256 must have 32 bytes, got " + std::to_string(bytes.size()));
+  }
+  std::copy(bytes.begin(), bytes.end(), digest.begin());
+  return digest;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -86,9 +100,19 @@ PYBIND11_MODULE(_native, module) {
 
   py::class_<Tokenizer>(module, "Tokenizer")
       .def(py::init([](const py::bytes& text, const std::string& name, bool use_vectors) {
-             return std::make_unique<Tokenizer>(std::string_view(text), name, use_vectors);
+             return std::make_unique<Tokenizer>(rwkv::Vocabulary::parse(std::string_view(text), name), use_vectors);
            }),
            py::arg("vocabulary"), py::arg("name"), py::arg("use_vectors") = true)
+      .def_static(
+          "map",
+          [](const std::string& path, bool use_vectors) {
+            return std::make_unique<Tokenizer>(rwkv::Vocabulary::map(path), use_vectors);
+          },
+          py::arg("path"), py::arg("use_vectors") = true, "The tokenizer of a file that compile_vocabulary() made.")
+      .def_property_readonly("source_size",
+                             [](const Tokenizer& self) { return self.vocabulary.source_size(); })
+      .def_property_readonly("source_digest",
+                             [](const Tokenizer& self) { return to_bytes(self.vocabulary.source_digest()); })
       .def("encode",
            [](Tokenizer& self, const py::object& text) {
              if (!PyUnicode_Check(text.ptr())) {
@@ -111,12 +135,14 @@ PYBIND11_MODULE(_native, module) {
       .def("decode_bytes",
            [](const Tokenizer& self, const py::object& ids) { return py::bytes(decode(self, ids)); })
       .def("byte_lengths", [](const Tokenizer& self) {
-        py::array_t<uint8_t> lengths(rwkv::kVocabSize);
-        for (size_t id = 0; id < rwkv::kVocabSize; ++id) {
-          lengths.mutable_at(id) = static_cast<uint8_t>(self.vocabulary.token(id).size());
-        }
-        return lengths;
+        return py::array_t<uint8_t>(rwkv::kVocabSize, self.vocabulary.lengths());
       });
+  module.def(
+      "compile_vocabulary",
+      [](const py::bytes& text, const std::string& name, const py::bytes& digest) {
+        return py::bytes(rwkv::Vocabulary::parse(std::string_view(text), name, to_digest(digest)).image());
+      },
+      py::arg("text"), py::arg("name"), py::arg("sha256"), "The bytes of a file for Tokenizer.map().");
 
   bind_stream(module);
 }

@@ -6,6 +6,7 @@
 
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "tokenizer/encoder.h"
@@ -18,8 +19,8 @@ struct Tokenizer {
   rwkv::Encoder encoder;
   std::vector<py::object> numbers;  // [65536] each id as a Python int, once a list was asked for
 
-  Tokenizer(std::string_view text, const std::string& name, bool use_vectors)
-      : vocabulary(rwkv::Vocabulary::parse(text, name)), encoder(vocabulary, use_vectors) {}
+  Tokenizer(rwkv::Vocabulary vocabulary, bool use_vectors)
+      : vocabulary(std::move(vocabulary)), encoder(this->vocabulary, use_vectors) {}
 };
 
 inline std::string type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }

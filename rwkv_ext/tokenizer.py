@@ -11,7 +11,15 @@ from pathlib import Path
 import numpy as np
 
 from rwkv_ext._load import native
-from rwkv_ext.vocabulary import WORLD
+from rwkv_ext.vocabulary import WORLD, WORLD_COMPILED
+
+
+def _load_tables(vocabulary: Path):
+    if vocabulary == WORLD and WORLD_COMPILED.exists():
+        compiled = native().Tokenizer.map(str(WORLD_COMPILED))
+        if compiled.source_size == WORLD.stat().st_size:
+            return compiled
+    return native().Tokenizer(vocabulary.read_bytes(), str(vocabulary))
 
 
 class WorldTokenizer:
@@ -29,10 +37,12 @@ class WorldTokenizer:
     def __init__(self, vocabulary: str | os.PathLike | None = None):
         """Read `vocabulary`; ValueError names the file and line of anything but `ID LITERAL LENGTH`.
 
-        RuntimeError says how to build the tokenizer library where it is missing.
+        The World vocabulary's tables, which the build has made, are mapped instead, if they are there and belong to
+        the text; ValueError if that file is damaged. RuntimeError says how to build the tokenizer library where it is
+        missing.
         """
         self.vocabulary = Path(vocabulary or WORLD)
-        self._native = native().Tokenizer(self.vocabulary.read_bytes(), str(self.vocabulary))
+        self._native = _load_tables(self.vocabulary)
         # uint8 [65536]: the bytes each id decodes to; 0 for id 0 and for ids without a token
         self.byte_lengths: np.ndarray = self._native.byte_lengths()
         self.byte_lengths.flags.writeable = False

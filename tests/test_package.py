@@ -135,9 +135,10 @@ def test_wheel_from_the_sdist_works_in_an_empty_environment(sdist, tmp_path, reu
     with zipfile.ZipFile(wheel) as file:
         names = set(file.namelist())
         metadata = Parser().parsestr(file.read(f"{NAME}.dist-info/METADATA").decode())
-    libraries = {"rwkv_ext/_C.abi3.so", f"rwkv_ext/_native{sysconfig.get_config_var('EXT_SUFFIX')}"}
+    made = {"rwkv_ext/_C.abi3.so", f"rwkv_ext/_native{sysconfig.get_config_var('EXT_SUFFIX')}"}
+    made |= {"rwkv_ext/vocabulary/rwkv_vocab_v20230424.bin"}
     sources = {name for name in files(sdist) if name.startswith("rwkv_ext/")}
-    assert {name for name in names if ".dist-info/" not in name} == sources | libraries
+    assert {name for name in names if ".dist-info/" not in name} == sources | made
     assert {f"{NAME}.dist-info/licenses/LICENSE", f"{NAME}.dist-info/licenses/NOTICE"} <= names
     needs = {re.split(r"[ ><=;]", line)[0] for line in metadata.get_all("Requires-Dist") if "extra ==" not in line}
     assert needs == {"torch", "numpy", "safetensors", "rich", "matplotlib", "tomli"}

@@ -26,22 +26,6 @@ uint8_t class_of(uint32_t byte) {
   return 1 << 7;
 }
 
-std::unique_ptr<const BoundaryTables> build_tables(const Vocabulary& vocabulary) {
-  auto tables = std::make_unique<BoundaryTables>();
-  std::fill(std::begin(tables->splits), std::end(tables->splits), 1);
-  for (uint32_t byte = 0; byte < 256; ++byte) tables->before[byte] = class_of(byte);
-  for (size_t id = 1; id < kVocabSize; ++id) {
-    const std::string_view token = vocabulary.token(id);
-    for (size_t i = 1; i < token.size(); ++i) {
-      const uint8_t a = static_cast<uint8_t>(token[i - 1]);
-      const uint8_t b = static_cast<uint8_t>(token[i]);
-      tables->splits[a | b << 8] = 0;
-      tables->behind[b] |= tables->before[a];
-    }
-  }
-  return tables;
-}
-
 uint64_t find_generic(const BoundaryTables& tables, const uint8_t* text) {
   uint64_t mask = 0;
   for (uint32_t i = 0; i < 64; ++i) {
@@ -78,7 +62,21 @@ auto choose_find(bool use_vectors) {
 
 }  // namespace
 
-Boundaries::Boundaries(const Vocabulary& vocabulary, bool use_vectors)
-    : tables_(build_tables(vocabulary)), find_(choose_find(use_vectors)) {}
+void build_boundaries(const TokenList& tokens, BoundaryTables& tables) {
+  std::fill(std::begin(tables.splits), std::end(tables.splits), 1);
+  for (uint32_t byte = 0; byte < 256; ++byte) tables.before[byte] = class_of(byte);
+  for (size_t id = 1; id < kVocabSize; ++id) {
+    const std::string_view token = tokens.token(id);
+    for (size_t i = 1; i < token.size(); ++i) {
+      const uint8_t a = static_cast<uint8_t>(token[i - 1]);
+      const uint8_t b = static_cast<uint8_t>(token[i]);
+      tables.splits[a | b << 8] = 0;
+      tables.behind[b] |= tables.before[a];
+    }
+  }
+}
+
+Boundaries::Boundaries(const BoundaryTables& tables, bool use_vectors)
+    : tables_(&tables), find_(choose_find(use_vectors)) {}
 
 }  // namespace rwkv

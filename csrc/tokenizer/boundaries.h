@@ -3,9 +3,8 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 
-#include "tokenizer/vocabulary.h"
+#include "tokenizer/token_list.h"
 
 namespace rwkv {
 
@@ -16,18 +15,22 @@ struct BoundaryTables {
   uint8_t behind[256];    // the classes of which some byte stands before b in a token
 };
 
+// Fills zeroed tables.
+void build_boundaries(const TokenList& tokens, BoundaryTables& tables);
+
 // A text cut at such positions encodes piece by piece to what the whole gives. Most pairs of bytes never meet inside
 // a World token (57,203 of 65,536; a letter and a space, say), so pieces are about as long as words.
 class Boundaries {
  public:
-  // use_vectors false leaves out what this CPU could do beyond plain C++; what find() may miss differs.
-  Boundaries(const Vocabulary& vocabulary, bool use_vectors);
+  // Keeps a reference to the tables. use_vectors false leaves out what this CPU could do beyond plain C++; what find()
+  // may miss differs.
+  Boundaries(const BoundaryTables& tables, bool use_vectors);
 
   // Bit i is set only if a token must end behind text[i], i < 64. Reads text[0 .. 64].
   uint64_t find(const uint8_t* text) const { return find_(*tables_, text); }
 
  private:
-  std::unique_ptr<const BoundaryTables> tables_;
+  const BoundaryTables* tables_;
   uint64_t (*find_)(const BoundaryTables&, const uint8_t*);
 };
 

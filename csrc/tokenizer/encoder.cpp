@@ -18,12 +18,14 @@ constexpr size_t kSlack = 16;  // ids
 }  // namespace
 
 Encoder::Encoder(const Vocabulary& vocabulary, bool use_vectors)
-    : cells_(build_match_table(vocabulary)), boundaries_(vocabulary, use_vectors) {}
+    : vocabulary_(vocabulary),
+      cells_(vocabulary_.cells()),
+      boundaries_(vocabulary_.boundary_tables(), use_vectors) {}
 
 // Encodes at least up to `end` where a token ends there; a longer token may end behind it.
 inline void Encoder::match_tokens(Run& run, size_t end) const {
   while (run.start < end) {
-    const Match match = longest_match(cells_.data(), run.text + run.start, run.size - run.start);
+    const Match match = longest_match(cells_, run.text + run.start, run.size - run.start);
     *run.out++ = match.id;
     run.start += match.length;
   }

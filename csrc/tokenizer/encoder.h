@@ -4,7 +4,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <string_view>
-#include <vector>
 
 #include "tokenizer/boundaries.h"
 #include "tokenizer/id_buffer.h"
@@ -19,8 +18,10 @@ namespace rwkv {
 // Immutable but for the pool of memos: any number of threads may encode with one Encoder.
 class Encoder {
  public:
-  // use_vectors false: plain C++ whatever the CPU can do; the ids are the same.
+  // Keeps the vocabulary's tables. use_vectors false: plain C++ whatever the CPU can do; the ids are the same.
   explicit Encoder(const Vocabulary& vocabulary, bool use_vectors = true);
+
+  const Vocabulary& vocabulary() const { return vocabulary_; }
 
   // Appends the ids of any bytes, UTF-8 or not. Never produces id 0.
   void encode(std::string_view text, IdBuffer& ids) const;
@@ -42,7 +43,8 @@ class Encoder {
   void encode_segment(Run& run, size_t end) const;
   void match_tokens(Run& run, size_t end) const;
 
-  std::vector<MatchCell> cells_;
+  Vocabulary vocabulary_;
+  const MatchCell* cells_;
   Boundaries boundaries_;
   mutable MemoPool memos_;
 };

@@ -18,19 +18,19 @@ struct Trie {
   std::vector<uint8_t> labels;  // labels[i] leads from node i's parent to node i
 };
 
-std::vector<uint16_t> sort_ids_by_bytes(const Vocabulary& vocabulary) {
+std::vector<uint16_t> sort_ids_by_bytes(const TokenList& tokens) {
   // The first eight bytes as one number decide nearly every comparison.
   std::vector<std::pair<uint64_t, uint16_t>> order;
   order.reserve(kVocabSize);
   for (size_t id = 1; id < kVocabSize; ++id) {
-    const std::string_view token = vocabulary.token(id);
+    const std::string_view token = tokens.token(id);
     if (token.empty()) continue;
     uint64_t head = 0;
     for (size_t i = 0; i < 8; ++i) head = head << 8 | (i < token.size() ? static_cast<uint8_t>(token[i]) : 0);
     order.emplace_back(head, static_cast<uint16_t>(id));
   }
   std::sort(order.begin(), order.end(), [&](const auto& a, const auto& b) {
-    return a.first != b.first ? a.first < b.first : vocabulary.token(a.second) < vocabulary.token(b.second);
+    return a.first != b.first ? a.first < b.first : tokens.token(a.second) < tokens.token(b.second);
   });
   std::vector<uint16_t> ids;
   ids.reserve(order.size());
@@ -39,8 +39,8 @@ std::vector<uint16_t> sort_ids_by_bytes(const Vocabulary& vocabulary) {
 }
 
 // Breadth first: each node stands for the range of tokens, in byte order, that share its prefix.
-Trie build_trie(const Vocabulary& vocabulary) {
-  const std::vector<uint16_t> order = sort_ids_by_bytes(vocabulary);
+Trie build_trie(const TokenList& tokens) {
+  const std::vector<uint16_t> order = sort_ids_by_bytes(tokens);
   struct Range {
     size_t begin, end, depth;
   };
@@ -49,12 +49,12 @@ Trie build_trie(const Vocabulary& vocabulary) {
   for (size_t node = 0; node < ranges.size(); ++node) {
     auto [begin, end, depth] = ranges[node];
     // The token that is the prefix itself sorts before those it is a prefix of.
-    if (begin < end && vocabulary.token(order[begin]).size() == depth) trie.nodes[node].id = order[begin++];
+    if (begin < end && tokens.token(order[begin]).size() == depth) trie.nodes[node].id = order[begin++];
     trie.nodes[node].first_child = static_cast<uint32_t>(trie.nodes.size());
     while (begin < end) {
-      const uint8_t label = static_cast<uint8_t>(vocabulary.token(order[begin])[depth]);
+      const uint8_t label = static_cast<uint8_t>(tokens.token(order[begin])[depth]);
       size_t next = begin + 1;
-      while (next < end && static_cast<uint8_t>(vocabulary.token(order[next])[depth]) == label) ++next;
+      while (next < end && static_cast<uint8_t>(tokens.token(order[next])[depth]) == label) ++next;
       trie.nodes.push_back({});
       trie.labels.push_back(label);
       ranges.push_back({begin, next, depth + 1});
@@ -174,8 +174,8 @@ std::vector<uint32_t> place_nodes(const Trie& trie, size_t first_node, size_t& c
 
 }  // namespace
 
-std::vector<MatchCell> build_match_table(const Vocabulary& vocabulary) {
-  const Trie trie = build_trie(vocabulary);
+std::vector<MatchCell> build_match_table(const TokenList& tokens) {
+  const Trie trie = build_trie(tokens);
   const Trie::Node& root = trie.nodes[0];
   const size_t first_pair = root.first_child + root.children;  // the first node of two bytes
   size_t count = 0;

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "tokenizer/vocabulary.h"
+#include "tokenizer/token_list.h"
 
 namespace rwkv {
 
@@ -29,7 +29,7 @@ struct Match {
   uint16_t id;
 };
 
-std::vector<MatchCell> build_match_table(const Vocabulary& vocabulary);
+std::vector<MatchCell> build_match_table(const TokenList& tokens);
 
 // The longest token that text[0 .. size) starts with; size >= 1.
 inline Match longest_match(const MatchCell* cells, const uint8_t* text, size_t size) {

@@ -5,11 +5,14 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <iterator>
 #include <memory>
+#include <new>
 #include <type_traits>
-#include <vector>
+
+#include "tokenizer/id_buffer.h"
 
 namespace rwkv {
 
@@ -32,7 +35,13 @@ using LongEntry = MemoEntry<4>;   // 64 bytes: words in letters of two or three 
 // never a guess. For one thread at a time, and for one encoder.
 class SegmentMemo {
  public:
-  SegmentMemo() : short_(size_t{1} << kLogShort), long_(size_t{1} << kLogLong) {}
+  // Pages of zeros that cost nothing before an entry in them is used, entries within cache lines.
+  SegmentMemo() : memory_(static_cast<char*>(std::calloc(1, kShortBytes + kLongBytes + kCacheLine))) {
+    if (!memory_) throw std::bad_alloc();
+    char* begin = memory_.get() + kCacheLine - reinterpret_cast<uintptr_t>(memory_.get()) % kCacheLine;
+    long_ = reinterpret_cast<LongEntry*>(begin);
+    short_ = reinterpret_cast<ShortEntry*>(begin + kLongBytes);
+  }
 
   // The entry of text[0 .. length), 1 <= length <= Entry::kMaxBytes, with `bytes` set to the segment. Reads
   // Entry::kMaxBytes from the text.
@@ -62,8 +71,13 @@ class SegmentMemo {
       255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255,
       255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255};  // then as many zeros
 
-  std::vector<ShortEntry> short_;
-  std::vector<LongEntry> long_;
+  static constexpr size_t kShortBytes = sizeof(ShortEntry) << kLogShort;
+  static constexpr size_t kLongBytes = sizeof(LongEntry) << kLogLong;
+  static constexpr size_t kCacheLine = 64;
+
+  std::unique_ptr<char, FreeMemory> memory_;
+  ShortEntry* short_;
+  LongEntry* long_;
 };
 
 // The memos of one encoder, lent to one call at a time: as many exist as calls ever ran at once, kSlots at most

@@ -1,35 +1,68 @@
-// The token table of the World tokenizer: the bytes each id stands for, read from the vocabulary's text file.
+// All that the tokenizer looks up, as one image without pointers: made from a vocabulary's text, or mapped from a file.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <string_view>
-#include <vector>
+
+#include "tokenizer/boundaries.h"
+#include "tokenizer/match_table.h"
+#include "tokenizer/token_list.h"
 
 namespace rwkv {
 
-constexpr size_t kVocabSize = 65536;  // rows of the models' embedding and head; ids fit uint16
+using Sha256 = std::array<uint8_t, 32>;
 
+// What decoding needs of nearly every token, in one load.
+struct TokenSlot {
+  static constexpr size_t kMaxBytes = 15;
+  char bytes[kMaxBytes];  // the token's first bytes, zeros behind them
+  uint8_t length;         // of the whole token; 0 if the id has none
+};
+static_assert(sizeof(TokenSlot) == 16);
+
+// Immutable. Copies share the memory, which the last of them frees or unmaps.
 class Vocabulary {
  public:
-  // Reads lines `ID SP LITERAL SP LENGTH`, ended by LF or CRLF, where LITERAL is a Python literal ('..', ".."
-  // or b'..') and LENGTH counts its bytes. Ids lie in 1..65535 in any order. Throws std::invalid_argument
-  // that names the file and the line.
-  static Vocabulary parse(std::string_view text, const std::string& name);
+  // Reads a text as TokenList::parse() does, with its exceptions, and builds the tables. `digest` is kept in the image.
+  static Vocabulary parse(std::string_view text, const std::string& name, const Sha256& digest = {});
+
+  // Maps a file that holds the image() of a vocabulary. Throws std::invalid_argument that names the file and what was
+  // found unless every byte is as it was written and no content can lead a reader out of the tables.
+  static Vocabulary map(const std::string& path);
 
   // The bytes of an id below kVocabSize; empty for id 0 (end of document) and for ids without a token.
   std::string_view token(size_t id) const {
-    return {bytes_.data() + offsets_[id], offsets_[id + 1] - offsets_[id]};
+    return {token_bytes_ + offsets_[id], offsets_[id + 1] - offsets_[id]};
   }
 
   // The highest id that has a token: 65529 in the World vocabulary.
-  size_t last_id() const { return last_id_; }
+  size_t last_id() const;
+
+  const MatchCell* cells() const { return cells_; }
+  const BoundaryTables& boundary_tables() const { return *boundary_tables_; }
+  const TokenSlot* slots() const { return slots_; }      // [kVocabSize]
+  const uint8_t* lengths() const { return lengths_; }    // [kVocabSize]; 0 for ids without a token
+
+  // The size and the digest of the text that the tables were made from.
+  uint64_t source_size() const;
+  Sha256 source_digest() const;
+
+  std::string_view image() const;
 
  private:
-  std::string bytes_;              // all tokens back to back, by id
-  std::vector<uint32_t> offsets_;  // [kVocabSize + 1]
-  size_t last_id_ = 0;
+  explicit Vocabulary(std::shared_ptr<const uint8_t> image);
+
+  std::shared_ptr<const uint8_t> image_;
+  const BoundaryTables* boundary_tables_;
+  const TokenSlot* slots_;
+  const uint8_t* lengths_;
+  const uint32_t* offsets_;  // [kVocabSize + 1] of each token in token_bytes_
+  const MatchCell* cells_;
+  const char* token_bytes_;
 };
 
 }  // namespace rwkv
