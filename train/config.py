@@ -7,6 +7,8 @@ what to do. A field without a default must be in the file.
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from rwkv_ext.data.weighted_sampler import samples_per_period
+
 DATA_MODES = ("stream", "packed")
 
 
@@ -54,9 +56,11 @@ class DataTable:
     """[data]: token shards (PREFIX.bin and PREFIX.idx, made by `rwkv-ext data build`) and how windows are cut."""
 
     train: list[str]
-    """Shard prefixes, or folders of shards, to learn from: one stream. Relative to the working directory."""
+    """Shard prefixes, or folders of shards, to learn from. Relative to the working directory."""
     ctx_len: int
     """Tokens per window T; the state starts at zero in every window."""
+    weights: list[float] = field(default_factory=list)
+    """How often each entry of train gives a sample, relative to the others; empty: all of them are one stream."""
     mode: Literal["stream", "packed"] = "stream"
     """"stream": the state runs through document ends (token 0), as in the World models; "packed": it is reset there."""
     validation: list[str] = field(default_factory=list)
@@ -64,7 +68,7 @@ class DataTable:
     validation_windows: int = 64
     """Windows measured in each validation, evenly spaced over the tokens; 0 means all of them."""
     prime: int | None = None
-    """The order's prime (p % 3 == 2); the largest that fits the shards when left out."""
+    """The order's prime (p % 3 == 2); the largest that fits the shards when left out. Not with weights."""
     vocabulary: Literal["world", "none"] = "world"
     """"world" counts bytes of World tokens for bits per byte; "none" for other tokens (no bits per byte)."""
 
@@ -72,6 +76,15 @@ class DataTable:
         _require(len(self.train) > 0, "data.train", "name at least one shard prefix", self.train)
         _require(all((*self.train, *self.validation)), "data.train and data.validation", "hold no empty name", "")
         _require(self.ctx_len >= 1, "data.ctx_len", "be at least 1", self.ctx_len)
+        if self.weights:
+            entries = f"be empty or have a number for each of the {len(self.train)} entries of data.train"
+            _require(len(self.weights) == len(self.train), "data.weights", entries, self.weights)
+            _require(self.prime is None, "data.prime", "be left out with data.weights", self.prime,
+                     "each source has a prime of its own")
+            try:
+                samples_per_period(self.weights)
+            except ValueError as error:
+                raise ValueError(f"data.{error}") from None
         _require(self.validation_windows >= 0, "data.validation_windows", "be 0 or more", self.validation_windows)
 
 

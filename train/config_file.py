@@ -99,7 +99,8 @@ def _convert(key: str, hint: Any, value: Any) -> Any:
     if origin is list:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list):
-            raise ValueError(f"{key} must be a list of strings, got {value!r}")
+            kind = "strings" if arguments[0] is str else "numbers"
+            raise ValueError(f"{key} must be a list of {kind}, got {value!r}")
         return [_convert(key, arguments[0], item) for item in items]
     if origin is dict:
         if not isinstance(value, dict):

@@ -4,6 +4,7 @@ A step takes the next global_batch samples, whatever the number of ranks and the
 over ranks and forward passes changes.
 """
 
+import json
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ import numpy as np
 import torch
 
 from rwkv_ext.data.sampler import Sampler, read_windows
-from rwkv_ext.data.token_stream import TokenStream
+from rwkv_ext.data.token_stream import OPEN_MAPS, TokenStream
+from rwkv_ext.data.weighted_sampler import WeightedSampler
 from train.config import Config
 from train.distributed import Ranks
 
@@ -53,9 +55,7 @@ class TrainingData:
         """Open the shards; FileNotFoundError or ValueError from the stream or the sampler names what is wrong."""
         self._config, self._ranks = config, ranks
         self._accumulation = config.train.accumulation(ranks.size)
-        stream = TokenStream(config.data.train)
-        check_shards(stream, config.model.vocab_size)
-        self.sampler = Sampler(stream, config.data.ctx_len, config.data.prime)
+        self.sampler = make_sampler(config)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[int, Future] | None = None
 
@@ -101,6 +101,21 @@ def check_shards(stream: TokenStream, vocab_size: int) -> None:
         size = min(4096, shard.n_tokens)
         for start in np.linspace(0, shard.n_tokens - size, 16, dtype=np.int64):
             check_vocabulary(stream.read(shard.first + int(start), size), vocab_size, f"shard {shard.prefix}")
+
+
+def make_sampler(config: Config) -> Sampler | WeightedSampler:
+    """Open the training shards and return their order: of one stream, or with weights of a stream for each entry."""
+    table = config.data
+    entries = table.train if table.weights else [table.train]
+    samplers = []
+    for entry in entries:
+        stream = TokenStream(entry, max(1, OPEN_MAPS // len(entries)))
+        check_shards(stream, config.model.vocab_size)
+        try:
+            samplers.append(Sampler(stream, table.ctx_len, table.prime))
+        except ValueError as error:
+            raise ValueError(f"data.train {json.dumps(entry)}: {error}") from None
+    return WeightedSampler(samplers, table.weights) if table.weights else samplers[0]
 
 
 class HeldOut:

@@ -163,7 +163,7 @@ def run_identity(config: Config, sizes: RWKVConfig, data: TrainingData) -> dict[
         **{f"model.{key}": value for key, value in asdict(sizes).items()},
         "data.mode": config.data.mode,
         "data.ctx_len": config.data.ctx_len,
-        "data.weights (the order of samples)": [],
+        "data.weights (the order of samples)": config.data.weights,
         "data.prime": data.sampler.prime,
         "data.train (its fingerprint)": data.sampler.fingerprint(),
     }

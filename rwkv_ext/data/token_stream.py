@@ -55,7 +55,7 @@ def find_shards(entries: str | os.PathLike | Sequence[str | os.PathLike]) -> lis
         elif os.path.isfile(entry) and os.path.abspath(entry) not in map(os.path.abspath, (bin_path, idx_path)):
             raise ValueError(
                 f"{entry}: must be a shard's name or a folder of shards, got another file; RWKV-LM's lists of shards "
-                "are not read: name the shards themselves"
+                "are not read: put their prefixes in data.train and the steps of their last column in data.weights"
             )
         else:
             prefixes.append(str(bin_path)[: -len(".bin")])
