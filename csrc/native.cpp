@@ -20,6 +20,15 @@ int64_t read_id(const Tokenizer& tokenizer, py::handle item, size_t index) {
   return id;
 }
 
+py::array_t<uint16_t> to_array(rwkv::IdBuffer ids) {
+  const size_t count = ids.size();
+  std::unique_ptr<uint16_t, rwkv::FreeMemory> memory = ids.release();
+  const uint16_t* data = memory.get();
+  const py::capsule owner(data, [](void* pointer) { rwkv::FreeMemory()(pointer); });
+  (void)memory.release();  // the capsule frees it with the array
+  return py::array_t<uint16_t>(count, data, owner);
+}
+
 namespace {
 
 rwkv::IdBuffer encode(const Tokenizer& tokenizer, std::string_view text) {
@@ -42,15 +51,6 @@ py::list to_list(Tokenizer& tokenizer, const rwkv::IdBuffer& ids) {
     PyList_SET_ITEM(list.ptr(), static_cast<py::ssize_t>(i), tokenizer.numbers[id[i]].inc_ref().ptr());
   }
   return list;
-}
-
-py::array_t<uint16_t> to_array(rwkv::IdBuffer ids) {
-  const size_t count = ids.size();
-  std::unique_ptr<uint16_t, rwkv::FreeMemory> memory = ids.release();
-  const uint16_t* data = memory.get();
-  const py::capsule owner(data, [](void* pointer) { rwkv::FreeMemory()(pointer); });
-  (void)memory.release();  // the capsule frees it with the array
-  return py::array_t<uint16_t>(count, data, owner);
 }
 
 template <typename Id>

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "tokenizer/encoder.h"
+#include "tokenizer/id_buffer.h"
 #include "tokenizer/vocabulary.h"
 
 namespace py = pybind11;
@@ -28,11 +29,11 @@ inline std::string type_name(py::handle object) { return Py_TYPE(object.ptr())->
 // A view of any object with contiguous bytes: bytes, bytearray, memoryview, an array; keeps them alive.
 class BytesView {
  public:
-  explicit BytesView(const py::object& object) {
+  explicit BytesView(const py::object& object, const std::string& need = "encode_bytes: data must be contiguous bytes",
+                     const std::string& advice = "; use encode() for a str") {
     if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_SIMPLE) != 0) {
       PyErr_Clear();
-      throw py::type_error("encode_bytes: data must be contiguous bytes, got " + type_name(object) +
-                           "; use encode() for a str");
+      throw py::type_error(need + ", got " + type_name(object) + advice);
     }
   }
   ~BytesView() { PyBuffer_Release(&view_); }
@@ -48,5 +49,8 @@ class BytesView {
 
 // One id as int64; an id beyond that is out of range as well and is named in full.
 int64_t read_id(const Tokenizer& tokenizer, py::handle item, size_t index);
+
+// Hands the ids over without a copy.
+py::array_t<uint16_t> to_array(rwkv::IdBuffer ids);
 
 void bind_stream(py::module_& module);

@@ -88,3 +88,19 @@ class WorldTokenizer:
         nothing that can be shown is held back.
         """
         return native().Stream(self._native)
+
+    def stream_encoder(self):
+        """Return an encoder for text that arrives in chunks: push(str or bytes) -> ids, flush() -> ids, uint16 arrays.
+
+        All ids joined are those of the whole text, for any chunks: characters, tokens and runs may be cut anywhere, and
+        str and bytes may take turns. push() returns every id that no later byte can change and holds the rest, the
+        start of one token, fewer than 255 bytes (`held`). flush() ends the text and starts anew; whoever ends
+        documents appends the 0. One thread at a time: RuntimeError while another is inside. A push that is refused
+        adds nothing: TypeError for other types, UnicodeEncodeError for half a surrogate pair in a str.
+
+        Example:
+            >>> stream = WorldTokenizer().stream_encoder()
+            >>> [stream.push(chunk).tolist() for chunk in ("Tod", "ay is")], stream.flush().tolist()
+            ([[], [33520]], [4600])
+        """
+        return native().StreamEncoder(self._native)

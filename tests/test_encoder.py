@@ -1,4 +1,4 @@
-"""Encoding against its definition, the longest token at each position, in twenty lines of Python."""
+"""Encoding against its definition, the longest token at each position (longest_match.py)."""
 
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -7,30 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from longest_match import LongestMatch
 
 from rwkv_ext._load import native
 from rwkv_ext.tokenizer import WorldTokenizer
 from rwkv_ext.vocabulary import WORLD
-
-
-class LongestMatch:
-    """The definition: `tokens` maps bytes to ids."""
-
-    def __init__(self, tokens):
-        self.tokens = tokens
-        self.prefixes = {token[:length] for token in tokens for length in range(1, len(token) + 1)}
-
-    def encode(self, data):
-        ids, start = [], 0
-        while start < len(data):
-            end = best = start + 1
-            while end <= len(data) and data[start:end] in self.prefixes:
-                if data[start:end] in self.tokens:
-                    best = end
-                end += 1
-            ids.append(self.tokens[data[start:best]])
-            start = best
-        return ids
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <iterator>
+#include <optional>
 #include <utility>
 
 namespace rwkv {
@@ -77,19 +78,41 @@ void Encoder::encode_segments(Run& run, size_t end) const {
   }
 }
 
-void Encoder::encode(std::string_view text, IdBuffer& ids) const {
-  std::unique_ptr<SegmentMemo> memo = memos_.take();
-  Run run{reinterpret_cast<const uint8_t*>(text.data()), text.size(), 0, nullptr, *memo};
-  const size_t last = text.size() > kReadAhead ? text.size() - kReadAhead : 0;
+// Encodes the segments that end at or before `last`, which is at least kReadAhead bytes from the text's end.
+void Encoder::encode_pieces(Run& run, size_t last, IdBuffer& ids) const {
   while (run.start < last) {
-    // A token that starts in this piece ends within 255 bytes of it.
+    // A token that starts in this piece ends within kMaxTokenBytes of it.
     const size_t begin = run.start;
     const size_t end = std::min(last, begin + kPiece);
-    run.out = ids.room(end - begin + 256 + kSlack);
+    run.out = ids.room(end - begin + kMaxTokenBytes + kSlack);
     encode_segments(run, end);
     ids.set_end(run.out);
     if (end == last) break;
   }
+}
+
+size_t Encoder::encode_certain(std::string_view text, IdBuffer& ids) const {
+  static_assert(kMaxTokenBytes >= kReadAhead);
+  std::unique_ptr<SegmentMemo> memo = memos_.take();
+  Run run{reinterpret_cast<const uint8_t*>(text.data()), text.size(), 0, nullptr, *memo};
+  // Where the longest token would fit, the text's end cuts off no match.
+  encode_pieces(run, text.size() > kMaxTokenBytes ? text.size() - kMaxTokenBytes : 0, ids);
+  run.out = ids.room(run.size - run.start + kSlack);
+  while (run.start < run.size) {
+    const std::optional<Match> match = certain_match(cells_, run.text + run.start, run.size - run.start);
+    if (!match) break;
+    *run.out++ = match->id;
+    run.start += match->length;
+  }
+  ids.set_end(run.out);
+  memos_.give_back(std::move(memo));
+  return run.start;
+}
+
+void Encoder::encode(std::string_view text, IdBuffer& ids) const {
+  std::unique_ptr<SegmentMemo> memo = memos_.take();
+  Run run{reinterpret_cast<const uint8_t*>(text.data()), text.size(), 0, nullptr, *memo};
+  encode_pieces(run, text.size() > kReadAhead ? text.size() - kReadAhead : 0, ids);
 
   // The rest is copied to where bytes behind it may be read, if it is as short as it nearly always is.
   const size_t rest = run.size - run.start;

@@ -26,6 +26,10 @@ class Encoder {
   // Appends the ids of any bytes, UTF-8 or not. Never produces id 0.
   void encode(std::string_view text, IdBuffer& ids) const;
 
+  // Appends the ids that every text starts with that starts with `text`; returns how many bytes they stand for.
+  // Fewer than kMaxTokenBytes are left: the start of a token.
+  size_t encode_certain(std::string_view text, IdBuffer& ids) const;
+
  private:
   // A text, how far it is encoded, and what that takes. `out` has room for one id a byte, and for kSlack more because
   // ids are written up to sixteen at once.
@@ -37,6 +41,7 @@ class Encoder {
     SegmentMemo& memo;
   };
 
+  void encode_pieces(Run& run, size_t last, IdBuffer& ids) const;
   void encode_segments(Run& run, size_t end) const;
   template <typename Entry>
   void recall_segment(Run& run, size_t end) const;

@@ -201,4 +201,29 @@ std::vector<MatchCell> build_match_table(const TokenList& tokens) {
   return cells;
 }
 
+namespace {
+
+bool starts_longer_token(const MatchCell* cells, uint32_t byte) {
+  for (uint32_t second = 0; second < 256; ++second) {
+    const MatchCell& pair = cells[byte | second << 8];
+    if (pair.label == 2 || pair.base != kByteCells) return true;
+  }
+  return false;
+}
+
+}  // namespace
+
+std::optional<Match> certain_match(const MatchCell* cells, const uint8_t* text, size_t size) {
+  const Match match = longest_match(cells, text, size);
+  if (size >= kMaxTokenBytes) return match;  // the walk has ended, whatever table a file holds
+  if (size == 1) return starts_longer_token(cells, text[0]) ? std::nullopt : std::make_optional(match);
+  uint32_t base = cells[text[0] | text[1] << 8].base;
+  for (size_t length = 2; length < size; ++length) {
+    const MatchCell& cell = cells[base ^ text[length]];
+    if (cell.label != text[length]) return match;
+    base = cell.base;
+  }
+  return base == kByteCells ? std::make_optional(match) : std::nullopt;  // at a leaf no way leads on
+}
+
 }  // namespace rwkv

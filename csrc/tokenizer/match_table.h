@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "tokenizer/token_list.h"
@@ -46,5 +47,8 @@ inline Match longest_match(const MatchCell* cells, const uint8_t* text, size_t s
   }
   return best;
 }
+
+// The same if no bytes behind the text could make the match longer, else nothing.
+std::optional<Match> certain_match(const MatchCell* cells, const uint8_t* text, size_t size);
 
 }  // namespace rwkv

@@ -10,8 +10,6 @@
 namespace rwkv {
 namespace {
 
-constexpr size_t kMaxTokenBytes = 255;  // byte lengths are handed out as uint8
-
 // The number a field holds, or -1 where it is not a plain decimal number below 10^9.
 long read_number(std::string_view field) {
   if (field.empty() || field.size() > 9) return -1;

@@ -9,7 +9,8 @@
 
 namespace rwkv {
 
-constexpr size_t kVocabSize = 65536;  // rows of the models' embedding and head; ids fit uint16
+constexpr size_t kVocabSize = 65536;    // rows of the models' embedding and head; ids fit uint16
+constexpr size_t kMaxTokenBytes = 255;  // byte lengths are handed out as uint8
 
 class TokenList {
  public:
