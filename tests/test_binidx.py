@@ -100,20 +100,26 @@ GOOD = ([4, 1, 3], [0, 8, 10], [0, 1, 2, 3])
             index(*GOOD, magic=b"TNTIDX\0\0\0"),
             r"must start with b'MMIDIDX.*, got b'TNTIDX.*give the name of a shard",
         ),
-        (index(*GOOD, version=2), "version must be 1, got 2; rebuild the shard"),
+        (index(*GOOD, version=2), r"version must be 1, got 2 \(at byte 9\); rebuild the shard"),
         (
             index(*GOOD, code=6),
-            r"dtype code must be 8 \(uint16\) or 1 to 5 .*, got 6; rebuild .*6 and 7 mean other",
+            r"dtype code must be 8 \(uint16\) or 1 to 5 .*, got 6 \(at byte 17\); rebuild .*6 and 7 mean other",
         ),
-        (index(*GOOD, code=7), "dtype code must be 8 .*, got 7; rebuild"),
-        (index(*GOOD, code=9), "dtype code must be 8 .*, got 9; rebuild"),
+        (index(*GOOD, code=7), "dtype code must be 8 .*, got 7 .at byte 17.; rebuild"),
+        (index(*GOOD, code=9), "dtype code must be 8 .*, got 9 .at byte 17.; rebuild"),
         (
             index(*GOOD)[:-5],
             "must have 102 bytes for 3 documents .*, got 97 bytes: it is cut off at byte 97; the file",
         ),
         (index(*GOOD) + b"x", "must have 102 bytes for 3 documents .*, got 103 bytes; the file is damaged"),
-        (index([], [], []), "must have 34 bytes for 0 documents and a list of 0 .at least 1., got 34 bytes"),
-        (index([4, 1, 3], [0, 8, 10], [1, 1, 2, 3]), "document list must run from 0 to 3, got 1 to 3"),
+        (
+            index([], [], []),
+            "must have 34 bytes for 0 documents .at byte 18. and a list of 0 .at byte 26, at least 1., got 34 bytes",
+        ),
+        (
+            index([4, 1, 3], [0, 8, 10], [1, 1, 2, 3]),
+            "document list must run from 0 to 3, got 1 to 3 .entries at bytes 70 and 94.",
+        ),
         (index([4, 1, 3], [0, 8, 10], [0, 1, 2, 4]), "document list must run from 0 to 3, got 0 to 4"),
         (
             index([4, 1, 3], [0, 6, 10], [0, 1, 2, 3]),
@@ -122,7 +128,7 @@ GOOD = ([4, 1, 3], [0, 8, 10], [0, 1, 2, 3])
         (index([4, 1, 3], [2, 8, 10], [0, 1, 2, 3]), "document 0 must start at byte 0 .*, got byte 2"),
         (
             index([5, -1, 4], [0, 10, 8], [0, 1, 2, 3]),
-            "document 1 must start at byte 10 and have a size of 0 or more, .*-1",
+            "document 1 must start at byte 10 and have a size of 0 or more, .*size -1 .entry at byte 38.",
         ),
     ],
 )
@@ -158,9 +164,7 @@ def test_damage_between_the_sampled_places_needs_the_full_check(tmp_path):
     data[at : at + 8] = struct.pack("<q", 1202)
     path.write_bytes(data)
     reader = BinidxReader(prefix)
-    with pytest.raises(
-        ValueError, match=f"document 300 must start at byte 1200 .*got byte 1202 .entry at byte {at}."
-    ):
+    with pytest.raises(ValueError, match=f"document 300 must start at byte 1200 .*got byte 1202 .entry at byte {at}."):
         reader.check_documents()
 
 
@@ -173,7 +177,7 @@ def test_full_check_sees_damage_at_block_edges_and_in_the_list(tmp_path, monkeyp
         at = 34 + 12 * 300 + 8 * entry
         path.write_bytes(good[:at] + struct.pack("<q", 2) + good[at + 8 :])
         with pytest.raises(
-            ValueError, match=f"entry {entry} of the document list must be at least {entry - 1}, got 2"
+            ValueError, match=f"entry {entry} of the document list must be at least {entry - 1}, got 2 .at byte {at}."
         ):
             BinidxReader(prefix).check_documents()
     reader = BinidxReader(prefix)
@@ -192,9 +196,7 @@ def test_token_outside_the_vocabulary(tmp_path):
         BinidxReader(prefix, vocab_size=65530)
     known = np.ones(65536, dtype=bool)
     known[65530:] = False
-    with pytest.raises(
-        ValueError, match="the token at byte 32 must be .*; the file is damaged or made with another"
-    ):
+    with pytest.raises(ValueError, match="the token at byte 32 must be .*; the file is damaged or made with another"):
         BinidxReader(prefix).check_tokens(known)
 
 
@@ -277,6 +279,14 @@ def test_swallowed_failure_does_not_pass_for_a_shard(tmp_path):
     assert files_of(tmp_path) == {}
 
 
+def test_no_second_file_no_first(tmp_path, monkeypatch):
+    """Where the index cannot be created, the tokens' file goes away again."""
+    (tmp_path / f"shard.idx.{os.getpid()}.tmp").mkdir()
+    with pytest.raises(OSError, match="cannot create the shard: Is a directory; choose a name"):
+        BinidxWriter(tmp_path / "shard")
+    assert [path.name for path in tmp_path.iterdir()] == [f"shard.idx.{os.getpid()}.tmp"]
+
+
 def test_an_older_index_never_stands_beside_newer_tokens(tmp_path, shard, monkeypatch):
     states, replace = [], os.replace
 
@@ -345,9 +355,7 @@ def test_refused_documents_change_nothing(tmp_path):
 def test_closed_writer(shard):
     with BinidxWriter(shard, overwrite=True) as writer:
         writer.add_document([0])
-    with pytest.raises(
-        ValueError, match="add_document: the writer of .* must be open, but it was closed or it failed"
-    ):
+    with pytest.raises(ValueError, match="add_document: the writer of .* must be open, but it was closed or it failed"):
         writer.add_document([0])
     with pytest.raises(ValueError, match="close: the writer of .* must be open"):
         writer.close()

@@ -70,8 +70,7 @@ def test_build_command_on_a_full_disk(tmp_path, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (
-        "cannot write after 1 documents and 100002 tokens: File too large; nothing was kept"
-        in capsys.readouterr().err
+        "cannot write after 1 documents and 100002 tokens: File too large; nothing was kept" in capsys.readouterr().err
     )
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
@@ -97,6 +96,28 @@ def test_info_command(shards, capsys):
     assert "magic_prime      2 for ctx_len 512" in printed
 
 
+def test_folders_and_lists_are_one_stream(shards, tmp_path, capsys):
+    assert run("merge", tmp_path, tmp_path / "whole" / "shard") == 0
+    merged = capsys.readouterr().out
+    of_tokens = merged.splitlines()[-1].split()[-4]
+    for name, sources in (("info", [tmp_path]), ("check", shards), ("info", [shards[0], tmp_path / "two.idx"])):
+        assert run(name, *sources) == 0
+        last = capsys.readouterr().out.split("all 2 shards as one stream, in this order\n")[1]
+        assert last.startswith("documents        22\ntokens           6,028\nmagic_prime      5 for ctx_len 512\n")
+        assert last.endswith(f"\nfingerprint      {of_tokens} of the tokens\n")
+    assert run("info", tmp_path / "whole") == 0
+    assert capsys.readouterr().out == merged  # of one shard there is nothing to add up
+    assert run("sample", tmp_path, "--documents", 1, "--tokens", 1) == 0
+    assert capsys.readouterr().out.count("--- ") == 2
+    (tmp_path / "none").mkdir()
+    (tmp_path / "list.txt").touch()
+    assert run("info", tmp_path / "none", tmp_path / "list.txt", shards[0]) == 1
+    printed = capsys.readouterr()
+    assert "none: the folder must hold *.idx and *.bin files, got none" in printed.err
+    assert "list.txt: must be a shard's name or a folder" in printed.err
+    assert f"{shards[0]}\n" in printed.out and "as one stream" not in printed.out
+
+
 def test_check_command_on_a_good_shard(shards, capsys):
     assert run("check", shards[0]) == 0
     printed = capsys.readouterr().out
@@ -111,10 +132,7 @@ def test_check_command_names_the_damage_and_looks_at_the_other_shards(shards, ca
     bin_path.write_bytes(good[:999])
     assert run("check", *shards) == 1
     printed = capsys.readouterr()
-    assert (
-        "one.bin: must have 6028 bytes" in printed.err
-        and "cut off at byte 999, in document 1 of 11" in printed.err
-    )
+    assert "one.bin: must have 6028 bytes" in printed.err and "cut off at byte 999, in document 1 of 11" in printed.err
     assert "copy both files again, or rebuild them with `rwkv-ext data build`" in printed.err
     assert f"{shards[1]}\n" in printed.out
     assert run("info", shards[0], shards[0].with_name("none")) == 1
@@ -122,10 +140,7 @@ def test_check_command_names_the_damage_and_looks_at_the_other_shards(shards, ca
     assert "cut off at byte 999" in printed.err and "none.bin: no such file" in printed.err
     bin_path.write_bytes(good[:2000] + struct.pack("<H", 65533) + good[2002:])
     assert run("check", shards[0]) == 1
-    assert (
-        "one.bin: the token at byte 2000 must be an id of the vocabulary, got 65533"
-        in capsys.readouterr().err
-    )
+    assert "one.bin: the token at byte 2000 must be an id of the vocabulary, got 65533" in capsys.readouterr().err
 
 
 def test_empty_shard_is_described(tmp_path, capsys):

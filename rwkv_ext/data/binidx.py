@@ -12,7 +12,7 @@ import bisect
 import hashlib
 import os
 import struct
-from array import array
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +59,8 @@ class BinidxReader:
         self._starts = _map(self.idx_path, "<i8", HEADER.size + 12 * self.n_documents, n_starts)
         span, whole = f"{self._starts[0]} to {self._starts[-1]}", f"0 to {self.n_documents}"
         if span != whole:
-            raise self._damaged(self.idx_path, f"the document list must run from {whole}", span)
+            where = f"(entries at bytes {self._start_at(0)} and {self._start_at(n_starts - 1)})"
+            raise self._damaged(self.idx_path, f"the document list must run from {whole}", f"{span} {where}")
         self.n_tokens = self._count_tokens()
         self.tokens = _map(self.bin_path, self.dtype, 0, self.n_tokens)
         for begin in np.linspace(0, max(0, self.n_documents - 256), 16, dtype=np.int64):
@@ -96,7 +97,7 @@ class BinidxReader:
             if (descents := block[1:] < block[:-1]).any():
                 at = begin + 1 + int(descents.argmax())
                 least = f"entry {at} of the document list must be at least {self._starts[at - 1]}"
-                raise self._damaged(self.idx_path, least, str(self._starts[at]))
+                raise self._damaged(self.idx_path, least, f"{self._starts[at]} (at byte {self._start_at(at)})")
 
     def check_tokens(self, known: np.ndarray) -> None:
         """Check every token against `known`, bool [vocabulary size]; ValueError names the first unknown."""
@@ -125,15 +126,16 @@ class BinidxReader:
             )
         rebuild = "rebuild the shard with `rwkv-ext data build`"
         if version != 1:
-            raise ValueError(f"{self.idx_path}: version must be 1, got {version}; {rebuild}")
+            raise ValueError(f"{self.idx_path}: version must be 1, got {version} (at byte 9); {rebuild}")
         if code not in DTYPES:
             raise ValueError(
                 f"{self.idx_path}: dtype code must be {UINT16} (uint16) or 1 to 5 (other integers), got "
-                f"{code}; {rebuild} (6 and 7 mean other types in other programs)"
+                f"{code} (at byte 17); {rebuild} (6 and 7 mean other types in other programs)"
             )
         expected = HEADER.size + 12 * n_sizes + 8 * n_starts
         if found != expected or n_starts == 0:
-            need = f"must have {expected} bytes for {n_sizes} documents and a list of {n_starts} (at least 1)"
+            counts = f"{n_sizes} documents (at byte 18) and a list of {n_starts} (at byte 26, at least 1)"
+            need = f"must have {expected} bytes for {counts}"
             cut = f": it is cut off at byte {found}" if found < expected else ""
             raise self._damaged(self.idx_path, need, f"{found} bytes{cut}")
         return np.dtype(DTYPES[code]), n_sizes, n_starts
@@ -152,6 +154,9 @@ class BinidxReader:
             raise self._damaged(self.bin_path, need, f"{found} bytes: the two files do not belong together")
         return found // item
 
+    def _start_at(self, entry: int) -> int:
+        return HEADER.size + 12 * self.n_documents + 8 * entry
+
     def _check_offsets(self, begin: int, end: int) -> None:
         begin = max(0, begin - 1)  # a document is checked against the one before it
         sizes, offsets = self.sizes[begin:end].astype(np.int64), self.offsets[begin:end]
@@ -160,9 +165,10 @@ class BinidxReader:
         bad = (sizes < 0) | (offsets != expected)
         if bad.any():
             at = int(bad.argmax())
+            size_at = HEADER.size + 4 * (begin + at)
             place = HEADER.size + 4 * self.n_documents + 8 * (begin + at)
             need = f"document {begin + at} must start at byte {expected[at]} and have a size of 0 or more"
-            got = f"byte {offsets[at]} (entry at byte {place}), size {sizes[at]}"
+            got = f"byte {offsets[at]} (entry at byte {place}), size {sizes[at]} (entry at byte {size_at})"
             raise self._damaged(self.idx_path, need, got)
 
     def _check_tokens(self, begin: int, end: int, known: np.ndarray) -> None:
@@ -188,7 +194,7 @@ def _map(path: Path, dtype, offset: int, count: int) -> np.ndarray:
 
 
 class BinidxWriter:
-    """Write one shard of uint16 tokens, document by document; the memory held is four bytes a document.
+    """Write one shard of uint16 tokens, document by document; however many there are, none is held in memory.
 
     Nothing appears under the final names before `close`, which forces the files to the disk and renames them,
     .idx last. Use it in a `with` block, which closes it: an exception inside, Ctrl-C included, removes the
@@ -204,21 +210,23 @@ class BinidxWriter:
         self.bin_path, self.idx_path = shard_files(prefix)
         self._overwrite = overwrite
         self._check_free()
-        self._sizes = array("i")
-        self.n_tokens = 0
+        self.n_tokens = self.n_documents = 0
         # The process number keeps two writers of the same shard apart.
         names = [f"{path.name}.{os.getpid()}.tmp" for path in (self.bin_path, self.idx_path)]
         self._temporary = [self.bin_path.with_name(name) for name in names]
         try:
             self.bin_path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self._temporary[0], "wb", buffering=1 << 20)
+            try:
+                self._index = open(self._temporary[1], "wb", buffering=1 << 20)
+            except OSError:
+                self._file.close()
+                self._temporary[0].unlink()
+                raise
         except OSError as error:
             message = f"cannot create the shard: {error.strerror}; choose a name in a folder that you may write to"
             raise OSError(error.errno, message, str(self.bin_path)) from error
-
-    @property
-    def n_documents(self) -> int:
-        return len(self._sizes)
+        self._index.write(bytes(HEADER.size))  # the sizes follow as they come; `close` writes the header and the rest
 
     def add_document(self, ids) -> None:
         """Append one document: integers 0 to 65535 in one dimension. Refused ids change nothing."""
@@ -238,10 +246,11 @@ class BinidxWriter:
     def _add(self, ids: np.ndarray, sizes) -> None:
         try:
             self._file.write(ids.data)
+            self._index.write(np.asarray(sizes, dtype="<i4").data)
         except BaseException as error:
             self._abandon(error)
             raise
-        self._sizes.extend(sizes)
+        self.n_documents += len(sizes)
         self.n_tokens += len(ids)
 
     def close(self) -> None:
@@ -249,9 +258,8 @@ class BinidxWriter:
         self._check_open("close")
         try:
             _sync_and_close(self._file)
-            with open(self._temporary[1], "wb", buffering=1 << 20) as file:
-                self._write_index(file)
-                _sync_and_close(file)
+            self._finish_index()
+            _sync_and_close(self._index)
             self._check_free()  # another writer may have been faster
             # Between the renames there is no index at all rather than one that belongs to other tokens.
             self.idx_path.unlink(missing_ok=True)
@@ -264,10 +272,9 @@ class BinidxWriter:
 
     def abort(self) -> None:
         """Remove the temporary files; the shard is not written."""
-        try:
-            self._file.close()
-        except OSError:  # a full disk refuses what is still in the buffer as well
-            pass
+        for file in (self._file, self._index):
+            with suppress(OSError):  # a full disk refuses what is still in the buffer as well
+                file.close()
         for path in self._temporary:
             path.unlink(missing_ok=True)
 
@@ -291,18 +298,21 @@ class BinidxWriter:
             advice = "it was closed or it failed; open a new one"
             raise ValueError(f"{where}: the writer of {self.bin_path} must be open, but {advice}")
 
-    def _write_index(self, file) -> None:
-        sizes = np.frombuffer(self._sizes, dtype=np.int32)
-        n = len(sizes)
-        file.write(HEADER.pack(MAGIC, 1, UINT16, n, n + 1))
-        file.write(sizes.astype("<i4").data)
-        offset = 0
-        for begin in range(0, n, BLOCK):  # in pieces: the index of a large corpus has gigabytes
-            ends = offset + 2 * np.cumsum(sizes[begin : begin + BLOCK], dtype="<i8")
-            file.write(np.concatenate([[offset], ends[:-1]]).astype("<i8").data)
-            offset = int(ends[-1])
+    def _finish_index(self) -> None:
+        """Add offsets and document numbers behind the sizes, in pieces: the index of a large corpus has gigabytes."""
+        n, offset = self.n_documents, 0
+        self._index.flush()
+        with open(self._temporary[1], "rb") as written:
+            written.seek(HEADER.size)
+            for begin in range(0, n, BLOCK):
+                sizes = np.fromfile(written, "<i4", min(BLOCK, n - begin))
+                ends = offset + 2 * np.cumsum(sizes, dtype="<i8")
+                self._index.write(np.concatenate([[offset], ends[:-1]]).astype("<i8").data)
+                offset = int(ends[-1])
         for begin in range(0, n + 1, BLOCK):
-            file.write(np.arange(begin, min(begin + BLOCK, n + 1), dtype="<i8").data)
+            self._index.write(np.arange(begin, min(begin + BLOCK, n + 1), dtype="<i8").data)
+        self._index.seek(0)
+        self._index.write(HEADER.pack(MAGIC, 1, UINT16, n, n + 1))
 
     def _abandon(self, error: BaseException) -> None:
         self.abort()

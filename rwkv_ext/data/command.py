@@ -10,11 +10,13 @@ from rwkv_ext.data.binidx import BinidxReader, shard_files
 from rwkv_ext.data.build import build, prime_lines
 from rwkv_ext.data.documents import INVALID_UTF8
 from rwkv_ext.data.shards import hold_out, merge, split_evenly
+from rwkv_ext.data.token_stream import TokenStream, find_shards
 from rwkv_ext.tokenizer import WorldTokenizer
 
 BUILD_HELP = """Write OUT.bin and OUT.idx: one document for each line of a .jsonl file, each row of a .parquet file and
 each text file, in the order of the inputs; .gz and .zst are decompressed, - is standard input (JSON lines); a folder
 gives its *.txt, *.jsonl and *.parquet files by sorted name. Options go before IN or after OUT."""
+PREFIX_HELP = "a shard's name without .bin and .idx, or a folder: its shards by sorted name"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for function, summary in summaries.items():
         name, sentence = function.__name__[1:], summary.capitalize() + "."
         command = actions.add_parser(name, help=summary, description=sentence)
-        command.add_argument("prefixes", nargs="+", metavar="PREFIX", help="a name without .bin and .idx")
+        command.add_argument("prefixes", nargs="+", metavar="PREFIX", help=PREFIX_HELP)
         if function is _check:
             _add_vocabulary(command)
         command.set_defaults(run_action=function)
@@ -48,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_sample(actions) -> None:
     summary = "print documents drawn from shards, decoded"
     command = actions.add_parser("sample", help=summary, description=summary.capitalize() + ".")
-    command.add_argument("prefixes", nargs="+", metavar="PREFIX", help="a name without .bin and .idx")
+    command.add_argument("prefixes", nargs="+", metavar="PREFIX", help=PREFIX_HELP)
     command.add_argument("--documents", type=int, default=3, metavar="N", help="how many of each shard (default: 3)")
     command.add_argument("--tokens", type=int, default=200, metavar="N", help="of each, at most (default: 200)")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="another seed draws others (default: 0)")
@@ -59,7 +61,7 @@ def _add_sample(actions) -> None:
 def _add_merge(actions) -> None:
     summary = "write the documents of several shards to one"
     command = actions.add_parser("merge", help=summary, description=summary.capitalize() + ", in the order given.")
-    command.add_argument("inputs", nargs="+", metavar="IN", help="a shard's name without .bin and .idx")
+    command.add_argument("inputs", nargs="+", metavar="IN", help=PREFIX_HELP)
     command.add_argument("out", metavar="OUT", help="the new shard's name")
     command.add_argument("--overwrite", action="store_true", help="replace the shard OUT if it exists")
     command.set_defaults(run_action=_merge)
@@ -113,7 +115,7 @@ def _build(args) -> int:
 
 
 def _info(args) -> int:
-    return _each(args.prefixes, _describe)
+    return _each(args.prefixes, _describe) or _describe_stream(args.prefixes)
 
 
 def _check(args) -> int:
@@ -134,7 +136,7 @@ def _check(args) -> int:
             print(f"document {index:<7} {text[:72]!r}")
         print("no fault found")
 
-    return _each(args.prefixes, check)
+    return _each(args.prefixes, check) or _describe_stream(args.prefixes)
 
 
 def _sample(args) -> int:
@@ -178,16 +180,40 @@ def _describe(reader: BinidxReader) -> None:
         mean = reader.n_tokens / reader.n_documents
         print(f"document length  {reader.sizes.min():,} to {reader.sizes.max():,} tokens, mean {mean:,.1f}")
     print("\n".join(prime_lines(reader.n_tokens)))
-    print(f"fingerprint      {reader.fingerprint()[:16]}")
+    print(f"fingerprint      {reader.fingerprint()[:16]} of the files, {_print_of(TokenStream(reader))} of the tokens")
 
 
-def _each(prefixes: list[str], look) -> int:
+def _describe_stream(entries: list[str]) -> int:
+    """Say what several shards are together; return 0."""
+    stream = TokenStream(entries)
+    if len(stream.shards) > 1:
+        print(f"all {len(stream.shards):,} shards as one stream, in this order")
+        print(f"documents        {stream.n_documents:,}\ntokens           {stream.n_tokens:,}")
+        print("\n".join(prime_lines(stream.n_tokens)))
+        print(f"fingerprint      {_print_of(stream)} of the tokens")
+    return 0
+
+
+def _print_of(stream: TokenStream) -> str:
+    return stream.fingerprint()[:16]
+
+
+def _each(entries: list[str], look) -> int:
     """Look at every shard, whatever is wrong with those before it; 1 if any is damaged or missing."""
     status = 0
-    for prefix in prefixes:
+    for entry in entries:
         try:
-            look(BinidxReader(prefix))
+            prefixes = find_shards(entry)
         except (ValueError, OSError) as error:
-            print(f"rwkv-ext data: {error}", file=sys.stderr)
-            status = 1
+            prefixes, status = [], _complain(error)
+        for prefix in prefixes:
+            try:
+                look(BinidxReader(prefix))
+            except (ValueError, OSError) as error:
+                status = _complain(error)
     return status
+
+
+def _complain(error: Exception) -> int:
+    print(f"rwkv-ext data: {error}", file=sys.stderr)
+    return 1

@@ -1,5 +1,6 @@
 """Shards made of shards: several merged into one, one split into several. Documents stay whole and in their order."""
 
+import bisect
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from rwkv_ext.data.binidx import BLOCK, BinidxReader, BinidxWriter, shard_files
+from rwkv_ext.data.token_stream import find_shards
 
 COPIED_TOKENS = 1 << 24  # at once, if no document is longer
 
@@ -15,13 +17,16 @@ COPIED_TOKENS = 1 << 24  # at once, if no document is longer
 def merge(inputs: Sequence[str | os.PathLike], out: str | os.PathLike, overwrite: bool = False) -> BinidxReader:
     """Write the shard OUT with the documents of all inputs, in that order, as uint16; return its reader.
 
+    An input is a shard's name or a folder, which stands for its shards by sorted name.
     ValueError for a damaged input, for ids above 65535, and for an OUT that is one of the inputs; FileExistsError
     where OUT exists, unless `overwrite`. OUT appears whole or not at all.
     """
-    readers = [_whole(prefix) for prefix in inputs]
-    _refuse_itself(readers, out)
+    prefixes = find_shards(inputs)
+    for prefix in prefixes:  # one open at a time: there may be more than a process may open
+        _refuse_itself(_whole(prefix), out)
     with BinidxWriter(out, overwrite) as writer:
-        for reader in readers:
+        for prefix in prefixes:
+            reader = BinidxReader(prefix)
             _copy(reader, 0, reader.n_documents, writer)
     return BinidxReader(out)
 
@@ -44,7 +49,7 @@ def split_evenly(
     item = reader.dtype.itemsize
     cuts = [0]
     for part in range(1, parts):
-        cuts.append(int(np.searchsorted(reader.offsets, part * reader.n_tokens // parts * item)))
+        cuts.append(bisect.bisect_left(reader.offsets, part * reader.n_tokens // parts * item))
     cuts.append(reader.n_documents)
     if any(end <= begin for begin, end in zip(cuts, cuts[1:])):
         raise ValueError(
@@ -107,25 +112,26 @@ def _whole(prefix: str | os.PathLike) -> BinidxReader:
 def _writers(reader: BinidxReader, names: Sequence[str], overwrite: bool) -> Iterator[list[BinidxWriter]]:
     """Open all before anything is written, so that a name that is taken stops all of them."""
     for name in names:
-        _refuse_itself([reader], name)
+        _refuse_itself(reader, name)
     with ExitStack() as stack:
         yield [stack.enter_context(BinidxWriter(name, overwrite)) for name in names]
 
 
-def _refuse_itself(readers: Sequence[BinidxReader], out: str | os.PathLike) -> None:
+def _refuse_itself(reader: BinidxReader, out: str | os.PathLike) -> None:
     path = shard_files(out)[0]
-    for reader in readers:
-        if path.exists() and path.samefile(reader.bin_path):
-            raise ValueError(f"OUT must be another shard than the input {reader.prefix}, got {out}; name another")
+    if path.exists() and path.samefile(reader.bin_path):
+        raise ValueError(f"OUT must be another shard than the input {reader.prefix}, got {out}; name another")
 
 
 def _copy(reader: BinidxReader, begin: int, end: int, writer: BinidxWriter) -> None:
     item = reader.dtype.itemsize
     while begin < end:
         start = int(reader.offsets[begin])
-        # A document ends where the next one starts; the last of all goes by itself.
-        whole = int(np.searchsorted(reader.offsets[begin + 1 : end], start + COPIED_TOKENS * item, "right"))
-        stop = begin + max(1, whole)
+        # A document ends where the next one starts; the last of all goes by itself. (NumPy would search in a copy of
+        # the whole list, because it is not aligned in the file.)
+        most = min(end, begin + BLOCK)
+        near = bisect.bisect_right(reader.offsets, start + COPIED_TOKENS * item, begin + 1, most) - 1
+        stop = max(begin + 1, near)
         sizes, first = reader.sizes[begin:stop], start // item
         writer.add_documents(reader.tokens[first : first + int(sizes.sum(dtype=np.int64))], sizes)
         begin = stop
