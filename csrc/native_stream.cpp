@@ -1,18 +1,49 @@
-// rwkv_ext._native.Stream: text of ids that arrive one at a time; StreamEncoder: ids of text that arrives in chunks.
+// rwkv_ext._native.Stream: text of ids that arrive a few at a time; StreamEncoder: ids of text that arrives in chunks.
 #include <memory>
 #include <utility>
+#include <vector>
 
 #include "native.h"
 #include "tokenizer/decoder.h"
+#include "tokenizer/stream_decoder.h"
 #include "tokenizer/stream_encoder.h"
 
 namespace {
 
-// Python's own decoder makes one U+FFFD of each maximal broken piece, as Unicode recommends.
-py::str replace_broken(const std::string& bytes) {
-  return py::reinterpret_steal<py::str>(
-      PyUnicode_DecodeUTF8(bytes.data(), static_cast<py::ssize_t>(bytes.size()), "replace"));
+// One id, or any sequence of them; a bad one is named by its index behind the `pushed` ones.
+std::vector<int64_t> read_ids(const Tokenizer& tokenizer, const py::object& ids, size_t pushed) {
+  // Arrays and tensors have __index__ whatever their shape.
+  const bool is_one = PyLong_Check(ids.ptr()) || (py::hasattr(ids, "ndim") ? py::cast<int>(ids.attr("ndim")) == 0
+                                                                          : PyIndex_Check(ids.ptr()) != 0);
+  if (is_one) return {read_id(tokenizer, ids, pushed)};
+  if (py::isinstance<py::bytes>(ids) || py::isinstance<py::str>(ids) || !py::isinstance<py::iterable>(ids)) {
+    throw py::type_error("push: ids must be an id or a sequence of ids, got " + type_name(ids));
+  }
+  std::vector<int64_t> numbers;
+  for (const py::handle item : ids) numbers.push_back(read_id(tokenizer, item, pushed + numbers.size()));
+  return numbers;
 }
+
+struct DecoderStream {
+  const Tokenizer& tokenizer;
+  std::string errors;
+  rwkv::StreamDecoder decoder;
+
+  // Python's own decoder finds maximal broken pieces, as Unicode recommends.
+  py::str to_text(const std::string& bytes) const {
+    PyObject* text = PyUnicode_DecodeUTF8(bytes.data(), static_cast<py::ssize_t>(bytes.size()), errors.c_str());
+    if (!text) throw py::error_already_set();
+    return py::reinterpret_steal<py::str>(text);
+  }
+
+  py::str push(const py::object& ids) {
+    const std::vector<int64_t> numbers = read_ids(tokenizer, ids, decoder.pushed());
+    rwkv::StreamDecoder next = decoder;  // what is refused adds nothing
+    py::str text = to_text(next.push(numbers.data(), numbers.size()));
+    decoder = std::move(next);
+    return text;
+  }
+};
 
 // The UTF-8 of a str, which keeps it alive; UnicodeEncodeError for half a surrogate pair.
 std::string_view utf8_of(const py::object& text) {
@@ -66,24 +97,17 @@ struct EncoderStream {
 }  // namespace
 
 void bind_stream(py::module_& module) {
-  struct Stream {
-    const Tokenizer& tokenizer;
-    rwkv::StreamDecoder decoder;
-  };
-  py::class_<Stream>(module, "Stream", "Text of ids that arrive one at a time.")
-      .def(py::init([](const Tokenizer& tokenizer) {
-             return std::make_unique<Stream>(Stream{tokenizer, rwkv::StreamDecoder(tokenizer.vocabulary)});
+  py::class_<DecoderStream>(module, "Stream", "Text of ids that arrive a few at a time.")
+      .def(py::init([](const Tokenizer& tokenizer, const std::string& errors) {
+             return std::make_unique<DecoderStream>(
+                 DecoderStream{tokenizer, errors, rwkv::StreamDecoder(tokenizer.vocabulary)});
            }),
-           py::keep_alive<1, 2>())
+           py::arg("tokenizer"), py::arg("errors"), py::keep_alive<1, 2>())
+      .def("push", &DecoderStream::push, py::arg("ids"),
+           "Add one id, or a sequence of them, and return the characters they complete, perhaps none.")
       .def(
-          "push",
-          [](Stream& self, const py::object& id) {
-            return replace_broken(self.decoder.push(read_id(self.tokenizer, id, self.decoder.pushed())));
-          },
-          py::arg("id"), "Add one id and return the characters it completes, perhaps none.")
-      .def(
-          "flush", [](Stream& self) { return replace_broken(self.decoder.flush()); },
-          "Return U+FFFD if a character was left incomplete, else nothing, and start anew.");
+          "flush", [](DecoderStream& self) { return self.to_text(self.decoder.flush()); },
+          "Start anew, and return what `errors` makes of a character that was left incomplete, if one was.");
 
   py::class_<EncoderStream>(module, "StreamEncoder", "Ids of text that arrives in chunks.")
       .def(py::init([](const Tokenizer& tokenizer) {

@@ -77,17 +77,20 @@ class WorldTokenizer:
         UnicodeDecodeError. The rule applies to the bytes of all ids together: a character may be spread over
         several tokens.
         """
-        if errors not in ("strict", "replace", "ignore"):
-            raise ValueError(f"decode: errors must be 'strict', 'replace' or 'ignore', got {errors!r}")
+        _check_errors("decode", errors)
         return self._native.decode_bytes(ids).decode("utf-8", errors)
 
-    def stream(self):
-        """Return a decoder for ids that arrive one at a time: push(id) -> str, flush() -> str.
+    def stream(self, errors: str = "replace"):
+        """Return a decoder for ids that arrive a few at a time: push(id or sequence of ids) -> str, flush() -> str.
 
-        The pieces joined together equal decode(ids, "replace"). A piece never ends inside a character, and
-        nothing that can be shown is held back.
+        The pieces joined together equal decode(ids, errors). A piece never ends inside a character, and nothing that
+        can be shown is held back: neither a genuine U+FFFD (id 19232) nor bytes that can become part of no character
+        wait for what follows. flush() ends the text, with what `errors` makes of an incomplete character, and starts
+        anew. What push() refuses adds nothing: TypeError and ValueError name the index since the last flush() of what
+        is no id; with "strict" UnicodeDecodeError, whose positions count in this piece.
         """
-        return native().Stream(self._native)
+        _check_errors("stream", errors)
+        return native().Stream(self._native, errors)
 
     def stream_encoder(self):
         """Return an encoder for text that arrives in chunks: push(str or bytes) -> ids, flush() -> ids, uint16 arrays.
@@ -104,3 +107,8 @@ class WorldTokenizer:
             ([[], [33520]], [4600])
         """
         return native().StreamEncoder(self._native)
+
+
+def _check_errors(where: str, errors: str) -> None:
+    if errors not in ("strict", "replace", "ignore"):
+        raise ValueError(f"{where}: errors must be 'strict', 'replace' or 'ignore', got {errors!r}")

@@ -1,5 +1,6 @@
 """The World tokenizer against golden vectors, the PyPI packages `rwkv` and `pyrwkv-tokenizer`, and Python's codecs."""
 
+import codecs
 import pickle
 import random
 import threading
@@ -8,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pyrwkv_tokenizer
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -97,12 +99,8 @@ def test_random_mixes_equal_upstream_and_rust(world, upstream):
     alphabet = ["0", "1", " ", "\n", "\r", "\t", *",.;!?:'\"-=", "\u4f60", "\u597d"]
     cases = ["".join(rng.choices(alphabet, k=rng.choice((5, 60, 256)))) for _ in range(400)]
     cases += ["".join(chr(rng.randrange(256)) for _ in range(rng.randrange(1, 32))) for _ in range(2000)]
-    cases += [
-        chr(rng.choice((rng.randrange(256, 0xD800), rng.randrange(0xE000, 0x110000)))) for _ in range(3000)
-    ]
-    cases += [" " * n for n in range(300)] + [
-        piece * n for piece in ("- ", "=", "\n", "ab") for n in range(1, 140, 7)
-    ]
+    cases += [chr(rng.choice((rng.randrange(256, 0xD800), rng.randrange(0xE000, 0x110000)))) for _ in range(3000)]
+    cases += [" " * n for n in range(300)] + [piece * n for piece in ("- ", "=", "\n", "ab") for n in range(1, 140, 7)]
     for case in cases:
         ids = world.encode(case)
         assert ids == upstream.encode(case) == rust.encode(case)
@@ -123,9 +121,7 @@ def test_boundary_shared_with_a_split_text(world, upstream):
     text = WORLD.read_bytes()[300_000:310_000]
     ids = world.encode_bytes(text)
     cut = len(world.decode_bytes(ids[:1000]))
-    assert (
-        world.encode_bytes(text[:cut]) + world.encode_bytes(text[cut:]) == ids == upstream.encodeBytes(text)
-    )
+    assert world.encode_bytes(text[:cut]) + world.encode_bytes(text[cut:]) == ids == upstream.encodeBytes(text)
 
 
 def test_any_buffer_is_bytes(world):
@@ -138,18 +134,14 @@ def test_encode_refuses_other_types(world):
     with pytest.raises(TypeError, match=r"encode: text must be a str, got bytes; use encode_bytes\(\)"):
         world.encode(b"text")
     for encode in (world.encode_bytes, world.encode_array):
-        with pytest.raises(
-            TypeError, match=r"data must be contiguous bytes, got str; use encode\(\) for a str"
-        ):
+        with pytest.raises(TypeError, match=r"data must be contiguous bytes, got str; use encode\(\) for a str"):
             encode("text")
         with pytest.raises(TypeError, match="data must be contiguous bytes, got numpy.ndarray"):
             encode(np.zeros((4, 4), np.uint8)[:, 1])
 
 
 def test_lone_surrogate_is_an_error(world):
-    with pytest.raises(
-        UnicodeEncodeError, match="position 1: surrogates not allowed; read the text with errors"
-    ):
+    with pytest.raises(UnicodeEncodeError, match="position 1: surrogates not allowed; read the text with errors"):
         world.encode("a\ud800")
 
 
@@ -159,9 +151,7 @@ def test_decode_takes_any_sequence(world, make):
 
 
 def test_decode_of_end_of_document_is_empty(world):
-    assert (
-        world.decode([0]) == "" and world.decode([]) == "" and world.decode(np.array([])[:0].tolist()) == ""
-    )
+    assert world.decode([0]) == "" and world.decode([]) == "" and world.decode(np.array([])[:0].tolist()) == ""
 
 
 @pytest.mark.parametrize("id", [65530, 65535, 65536, -1, 2**63 - 1, 2**64 - 1, 2**70, -(2**70)])
@@ -175,7 +165,9 @@ def test_decode_names_index_and_id(world, id):
     stream.push(5)
     with pytest.raises(ValueError, match=message):
         stream.push(id)
-    assert stream.push(33) == " "  # the refused id changed nothing
+    with pytest.raises(ValueError, match=message.replace("1", "2", 1)):
+        stream.push([6, id])  # named by its place since the last flush
+    assert stream.push(33) == " "  # what was refused changed nothing
 
 
 def test_decode_refuses_what_are_no_ids(world):
@@ -197,9 +189,7 @@ def test_decode_errors_apply_to_all_bytes_together(world):
     assert world.decode(broken, "ignore") == "ab"
     with pytest.raises(UnicodeDecodeError, match="position 1-2: invalid continuation byte"):
         world.decode(broken, "strict")
-    with pytest.raises(
-        ValueError, match="errors must be 'strict', 'replace' or 'ignore', got 'backslashreplace'"
-    ):
+    with pytest.raises(ValueError, match="errors must be 'strict', 'replace' or 'ignore', got 'backslashreplace'"):
         world.decode(broken, "backslashreplace")
 
 
@@ -244,6 +234,63 @@ def check_stream(world, ids):
 @given(st.lists(st.integers(1, 256) | st.integers(1, 65529), max_size=60))
 def test_stream_holds_back_unfinished_characters_alone(world, ids):
     check_stream(world, ids)
+
+
+@pytest.mark.parametrize("errors", ["strict", "replace", "ignore"])
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(1, 256) | st.sampled_from([0, 19232, 3319, 33]) | st.integers(1, 65529), max_size=9))
+)
+def test_stream_of_parts_equals_python_decoding_bytes(world, errors, parts):
+    stream, python = world.stream(errors), codecs.getincrementaldecoder("utf-8")(errors)
+    for number, part in enumerate(parts):
+        data = world.decode_bytes(part)
+        try:
+            expected = python.decode(data)
+        except UnicodeDecodeError:
+            for _ in range(2):  # a refused part is as if it had not been pushed
+                with pytest.raises(UnicodeDecodeError):
+                    stream.push(part)
+            return
+        given = np.array(part, [np.uint16, np.int64][number % 2]) if number % 3 else part
+        assert stream.push(given) == expected
+    try:
+        assert stream.flush() == python.decode(b"", final=True)
+    except UnicodeDecodeError:
+        assert python.getstate()[0]  # both: strict, and a character left open
+
+
+def test_strict_stream(world):
+    stream = world.stream("strict")
+    assert stream.push([3319, 167]) == ""
+    with pytest.raises(UnicodeDecodeError, match="position 0-2: invalid continuation byte"):
+        stream.push([66, 33])
+    assert stream.push(129) == "\U0001f980"
+    assert stream.push(3319) == ""
+    with pytest.raises(UnicodeDecodeError, match="position 0-1: unexpected end of data"):
+        stream.flush()
+    assert stream.push(66) == "A" and stream.flush() == ""
+
+
+@pytest.mark.parametrize("make", [list, tuple, np.array, iter, torch.tensor, lambda ids: np.array(ids, np.uint16)])
+def test_stream_takes_any_sequence(world, make):
+    stream = world.stream()
+    assert stream.push(make([33520, 0, 4600])) == "Today is"
+    assert stream.push(np.uint16(33)) + stream.push(np.array(33)) + stream.push(torch.tensor(33)) == "   "
+
+
+def test_stream_refuses_what_are_no_ids(world):
+    stream = world.stream()
+    for ids, got in ((b"ab", "bytes"), ("ab", "str"), (None, "NoneType"), (1.5, "float")):
+        with pytest.raises(TypeError, match=f"push: ids must be an id or a sequence of ids, got {got}"):
+            stream.push(ids)
+    for ids, index in (([1, 2.0], 1), (np.zeros((1, 2), int), 0), (np.zeros(2), 0)):
+        with pytest.raises(TypeError, match=rf"decode: ids\[{index}\] must be an integer, got"):
+            stream.push(ids)
+    with pytest.raises(
+        ValueError, match="stream: errors must be 'strict', 'replace' or 'ignore', got 'surrogateescape'"
+    ):
+        world.stream("surrogateescape")
 
 
 def test_stream_at_every_lead_and_second_byte(world):

@@ -1,4 +1,4 @@
-// Token ids to bytes, whole or one id at a time.
+// Token ids to bytes.
 #pragma once
 
 #include <cstddef>
@@ -7,9 +7,7 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
-#include <utility>
 
-#include "tokenizer/utf8.h"
 #include "tokenizer/vocabulary.h"
 
 namespace rwkv {
@@ -42,36 +40,5 @@ std::string decode(const Vocabulary& vocabulary, const Id* ids, size_t count) {
   }
   return bytes;
 }
-
-// Cuts a growing byte string at ends of characters. A token may hold half a character; bytes that cannot
-// become part of one come out at once (a decoder replaces them), so the stream never stalls on a broken byte
-// or on a genuine U+FFFD.
-class StreamDecoder {
- public:
-  explicit StreamDecoder(const Vocabulary& vocabulary) : vocabulary_(vocabulary) {}
-
-  // Adds one id and returns the bytes up to the last point where no character is left open.
-  std::string push(int64_t id) {
-    pending_.append(decode_id(vocabulary_, id, pushed_));
-    ++pushed_;
-    const size_t ready = pending_.size() - incomplete_tail(pending_);
-    std::string bytes = pending_.substr(0, ready);
-    pending_.erase(0, ready);
-    return bytes;
-  }
-
-  // Returns what is left, at most three bytes of one incomplete character, and starts anew.
-  std::string flush() {
-    pushed_ = 0;
-    return std::exchange(pending_, {});
-  }
-
-  size_t pushed() const { return pushed_; }
-
- private:
-  const Vocabulary& vocabulary_;
-  std::string pending_;
-  size_t pushed_ = 0;  // ids since the last flush, for messages
-};
 
 }  // namespace rwkv
