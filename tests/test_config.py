@@ -70,6 +70,7 @@ def test_config_every_field_has_a_docstring():
         ({"data": {"train": 3}}, r"data.train must be a list of strings, got 3"),
         ({"data": {"train": [3]}}, r"data.train must be a string, got 3"),
         ({"data": {"ctx_len": 0}}, r"data.ctx_len must be at least 1, got 0"),
+        ({"data": {"prefetch": 0}}, r"data.prefetch must be at least 1, got 0"),
         ({"data": {"validation_windows": -1}}, r"data.validation_windows must be 0 or more, got -1"),
         ({"train": {"tokens": 0}}, r"train.tokens must be above 0, got 0; or set train.minutes"),
         ({"train": {"minutes": -1.0}}, r"train.minutes must be 0 or more, got -1.0"),

@@ -1,5 +1,6 @@
 """Whole models on a GPU: logits, gradients, decoding and a short training run against the same on the CPU."""
 
+import numpy as np
 import pytest
 import torch
 from gpu_tools import DEVICE, needs_kernels
@@ -9,6 +10,7 @@ from tiny_run import TinyRun
 from rwkv_ext import _load
 from rwkv_ext.models import RWKVConfig, RWKVState
 from rwkv_ext.testing import error_ratio
+from train.data import make_batch
 
 pytestmark = needs_kernels
 SIZES = dict(vocab_size=97, n_layer=3, n_embd=128)
@@ -103,6 +105,15 @@ def test_gpu_model_generate():
         for placed in (model, random_model(config).to(DEVICE))
     )
     assert on_cpu == on_device and on_cpu
+
+
+def test_gpu_batches_come_from_pinned_memory():
+    windows = np.random.default_rng(0).integers(0, 9, (4, 33))
+    batch = make_batch(windows, "packed", DEVICE)
+    host = (batch.tokens, batch.targets, batch.cu_seqlens)
+    moved = batch.to(DEVICE)
+    for tensor, copy in zip(host, (moved.tokens, moved.targets, moved.cu_seqlens), strict=True):
+        assert tensor.is_pinned() and copy.device.type == DEVICE.type and torch.equal(copy.cpu(), tensor)
 
 
 @pytest.mark.parametrize("version", ["5.2", "6.0"])

@@ -73,7 +73,8 @@ def test_train_options_give_the_same_curve(tmp_path, capsys):
     model = RWKV.from_pretrained(plain.output / "final.pth")
     assert model.config == RWKVConfig(**plain.config.model.sizes())
     record = read_log(plain.output / "log.jsonl")[1]
-    assert set(record) == {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds"}
+    keys = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "data_wait", "seconds"}
+    assert set(record) == keys
     output = capsys.readouterr().out
     assert "step 10/12  loss " in output and "held-out text at step 12: loss " in output and "the model is " in output
 
@@ -372,11 +373,11 @@ def test_train_display_on_a_terminal(monkeypatch, capsys):
     display = Display(active=True, every=10)
     display.note("plan")
     display.validation(0, 5.0, 2.5)
-    display.step(Reading(7, 700, 1000, 10, 2.5, 1e-3, 0.5, 1234.0, 0.31, 3661.0))
+    display.step(Reading(7, 700, 1000, 10, 2.5, 1e-3, 0.5, 1234.0, 0.31, 3661.0, 0.02))
     display.close()
     output = capsys.readouterr().out
     for part in ("plan", "held-out text at step 0: loss 5.0000  2.5000 bits per byte", "7 of 10", "1,234", "31.0%",
-                 "1:01:01", "Ctrl-C saves and stops"):  # fmt: skip
+                 "1:01:01", "Ctrl-C saves and stops", "waiting for data", "2.0%"):  # fmt: skip
         assert part in output
     assert clock(None) == "?"
 

@@ -89,7 +89,6 @@ def test_each_source_keeps_its_own_order(samplers):
     far = 10**18 + 7
     source, own = weighted.locate(far)
     assert own == (far // 10) * weighted.counts[source] + weighted.locate(7)[1]
-    weighted.will_read(range(5))
     copy = pickle.loads(pickle.dumps(weighted))
     np.testing.assert_array_equal(copy.batch(range(50)), rows[:50])
 

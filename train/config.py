@@ -69,6 +69,8 @@ class DataTable:
     """Windows measured in each validation, evenly spaced over the tokens; 0 means all of them."""
     prime: int | None = None
     """The order's prime (p % 3 == 2); the largest that fits the shards when left out. Not with weights."""
+    prefetch: int = 4
+    """Optimizer steps whose windows a thread reads ahead of the loop."""
     vocabulary: Literal["world", "none"] = "world"
     """"world" counts bytes of World tokens for bits per byte; "none" for other tokens (no bits per byte)."""
 
@@ -76,6 +78,7 @@ class DataTable:
         _require(len(self.train) > 0, "data.train", "name at least one shard prefix", self.train)
         _require(all((*self.train, *self.validation)), "data.train and data.validation", "hold no empty name", "")
         _require(self.ctx_len >= 1, "data.ctx_len", "be at least 1", self.ctx_len)
+        _require(self.prefetch >= 1, "data.prefetch", "be at least 1", self.prefetch)
         if self.weights:
             entries = f"be empty or have a number for each of the {len(self.train)} entries of data.train"
             _require(len(self.weights) == len(self.train), "data.weights", entries, self.weights)

@@ -5,9 +5,11 @@ over ranks and forward passes changes.
 """
 
 import json
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from time import monotonic
 
 import numpy as np
 import torch
@@ -30,9 +32,14 @@ class Batch:
     cu_seqlens: torch.Tensor | None
     samples: tuple[int, ...]
 
+    def to(self, device: torch.device) -> "Batch":
+        """Return it on `device`; from pinned memory the copy is left to the GPU, after what it has to do already."""
+        tensors = (self.tokens, self.targets, self.cu_seqlens)
+        return Batch(*(None if x is None else x.to(device, non_blocking=True) for x in tensors), self.samples)
+
 
 def make_batch(windows: np.ndarray, mode: str, device: torch.device, samples: Sequence[int] = ()) -> Batch:
-    """Turn windows [B, T + 1] into a Batch.
+    """Turn windows [B, T + 1] into a Batch in the host's memory, pinned if `device` is a GPU.
 
     "stream": B rows of T tokens. "packed": one row of B T tokens in which a sequence (with a state of its own) ends
     after every token 0 and at the end of every window; the target of a token 0 is still the first token after it.
@@ -43,45 +50,69 @@ def make_batch(windows: np.ndarray, mode: str, device: torch.device, samples: Se
         width = tokens.shape[1]
         tokens, targets = tokens.reshape(1, -1), targets.reshape(1, -1)
         edges = np.union1d(np.flatnonzero(tokens[0] == END_OF_DOCUMENT) + 1, np.arange(0, tokens.size + 1, width))
-        cu_seqlens = torch.from_numpy(edges.astype(np.int64)).to(device)
-    tokens, targets = (torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in (tokens, targets))
-    return Batch(tokens, targets, cu_seqlens, tuple(samples))
+        cu_seqlens = _host_tensor(edges, device)
+    return Batch(_host_tensor(tokens, device), _host_tensor(targets, device), cu_seqlens, tuple(samples))
+
+
+def _host_tensor(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    tensor = torch.empty(values.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
+    tensor.numpy()[...] = values
+    return tensor
 
 
 class TrainingData:
-    """The batches of this rank, one step ahead of the loop in a thread."""
+    """The batches of this rank. A thread reads [data] prefetch steps ahead of the loop, and its errors reach the loop.
+
+    Attributes: sampler; waited, the seconds that the last `take` had to wait.
+    """
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         """Open the shards; FileNotFoundError or ValueError from the stream or the sampler names what is wrong."""
         self._config, self._ranks = config, ranks
         self._accumulation = config.train.accumulation(ranks.size)
         self.sampler = make_sampler(config)
+        self.waited = 0.0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self._ahead: tuple[int, Future] | None = None
+        self._ahead: deque[tuple[int, Future]] = deque()  # (next_sample, its batches), in the order of the steps
 
     def take(self, next_sample: int) -> list[Batch]:
-        """Return this rank's batches of the step that uses samples next_sample + 1 ... + global_batch."""
-        if self._ahead is not None and self._ahead[0] == next_sample:
-            batches = self._ahead[1].result()
-        else:
-            batches = self._read(next_sample)
-        following = next_sample + self._config.train.global_batch
-        self._ahead = (following, self._thread.submit(self._read, following))
+        """Return this rank's batches of the step that uses samples next_sample + 1 ... + global_batch, on its device.
+
+        What reading these samples raised in the thread is raised here.
+        """
+        begin = monotonic()
+        if not self._ahead or self._ahead[0][0] != next_sample:
+            self._drop()
+        self._read_ahead(next_sample)
+        batches = [batch.to(self._ranks.device) for batch in self._ahead.popleft()[1].result()]
+        self._read_ahead(next_sample + self._config.train.global_batch)
+        self.waited = monotonic() - begin
         return batches
 
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
+    def _read_ahead(self, next_sample: int) -> None:
+        """Have the thread read from this step on."""
+        for step in range(len(self._ahead), self._config.data.prefetch):
+            first = next_sample + step * self._config.train.global_batch
+            self._ahead.append((first, self._thread.submit(self._read, first)))
+
+    def _drop(self) -> None:
+        for _, future in self._ahead:
+            future.cancel()
+        self._ahead.clear()
+
     def _read(self, next_sample: int) -> list[Batch]:
-        micro, ranks = self._config.train.micro_batch, self._ranks
+        """Read the whole step at once, so that the disk is asked for all of it before anything is waited for."""
+        config, ranks, micro = self._config, self._ranks, self._config.train.micro_batch
+        firsts = [next_sample + (index * ranks.size + ranks.rank) * micro for index in range(self._accumulation)]
+        windows = self.sampler.batch([first + row for first in firsts for row in range(micro)])
         batches = []
-        for index in range(self._accumulation):
-            first = next_sample + (index * ranks.size + ranks.rank) * micro
-            indices = range(first, first + micro)
-            windows = self.sampler.batch(list(indices))
-            check_vocabulary(windows, self._config.model.vocab_size, f"samples {first + 1}-{first + micro}")
-            batches.append(make_batch(windows, self._config.data.mode, ranks.device, [i + 1 for i in indices]))
+        for first, rows in zip(firsts, windows.reshape(len(firsts), micro, -1), strict=True):
+            check_vocabulary(rows, config.model.vocab_size, f"samples {first + 1}-{first + micro}")
+            batches.append(make_batch(rows, config.data.mode, ranks.device, range(first + 1, first + micro + 1)))
         return batches
 
 
@@ -146,4 +177,4 @@ class HeldOut:
             places = [(self._stream, at) for at in chosen or self._starts[:1]]
             windows = read_windows(places, self._config.data.ctx_len + 1)
             check_vocabulary(windows, self._config.model.vocab_size, "the validation shards")
-            yield make_batch(windows, self._config.data.mode, ranks.device), bool(chosen)
+            yield make_batch(windows, self._config.data.mode, ranks.device).to(ranks.device), bool(chosen)

@@ -3,6 +3,8 @@
 import sys
 from dataclasses import dataclass
 
+VISIBLE_WAIT = 0.01  # of a step; less is not worth a word
+
 
 @dataclass
 class Reading:
@@ -18,6 +20,8 @@ class Reading:
     tokens_per_second: float
     mfu: float | None
     seconds_left: float | None
+    data_wait: float
+    """Share of the step that this rank waited for its samples."""
 
     def line(self) -> str:
         """Format everything on one line."""
@@ -25,6 +29,7 @@ class Reading:
         return (
             f"step {steps}  loss {self.loss:.4f}  lr {self.rate:.2e}  grad norm {self.grad_norm:.3f}  "
             f"{self.tokens_per_second:,.0f} tokens/s  MFU {_percent(self.mfu)}  left {clock(self.seconds_left)}"
+            + (f"  waiting for data {_percent(self.data_wait)}" if self.data_wait >= VISIBLE_WAIT else "")
         )
 
 
@@ -102,4 +107,6 @@ class Display:
         numbers.add_row("loss", f"[bold]{reading.loss:.4f}[/]", "learning rate", f"{reading.rate:.2e}")
         numbers.add_row("grad norm", f"{reading.grad_norm:.3f}", "tokens/s", f"{reading.tokens_per_second:,.0f}")
         numbers.add_row("MFU", _percent(reading.mfu), "time left", clock(reading.seconds_left))
+        if reading.data_wait >= VISIBLE_WAIT:
+            numbers.add_row("waiting for data", _percent(reading.data_wait), "", "")
         return Panel(Group(numbers, self._bar), title="training", subtitle="Ctrl-C saves and stops", expand=True)

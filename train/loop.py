@@ -231,13 +231,17 @@ def report(run: Run, loss: float, norm: float, rate: float, pace: Pace, validati
     speed = config.step_tokens / pace.last
     run.log.record(
         progress.step, progress.tokens, loss=loss, lr=rate, grad_norm=norm, tokens_per_second=round(speed, 1),
-        mfu=round(speed * run.flops_per_token / run.peak_flops, 4), seconds=round(progress.seconds, 2),
+        mfu=round(speed * run.flops_per_token / run.peak_flops, 4), data_wait=round(run.data.waited / pace.last, 4),
+        seconds=round(progress.seconds, 2),
     )  # fmt: skip
     total_steps = progress.total_tokens // config.step_tokens
     speed = config.step_tokens / pace.seconds
     mfu = speed * run.flops_per_token / run.peak_flops
     run.display.step(
-        Reading(progress.step, progress.tokens, progress.total_tokens, total_steps, loss, rate, norm, speed, mfu, left)
+        Reading(
+            progress.step, progress.tokens, progress.total_tokens, total_steps, loss, rate, norm, speed, mfu, left,
+            run.data.waited / pace.last,
+        )  # fmt: skip
     )
 
 

@@ -88,11 +88,6 @@ class Sampler:
         """Return several samples: int64 [n, ctx_len + 1]."""
         return read_windows([(self.stream, self.locate(index)) for index in indices], self.ctx_len + 1)
 
-    def will_read(self, indices) -> None:
-        """Ask the system to fetch these samples from the disk; return at once."""
-        for index in indices:
-            self.stream.will_read(self.locate(index), self.ctx_len + 1)
-
     def locate(self, index: int) -> int:
         """Return the stream's position of the first token of sample number index + 1."""
         index = operator.index(index)

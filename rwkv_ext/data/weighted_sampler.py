@@ -115,11 +115,6 @@ class WeightedSampler:
         """Return several samples: int64 [n, ctx_len + 1]."""
         return read_windows(list(map(self._place, indices)), self.ctx_len + 1)
 
-    def will_read(self, indices) -> None:
-        """Ask the system to fetch these samples from the disk; return at once."""
-        for stream, start in map(self._place, indices):
-            stream.will_read(start, self.ctx_len + 1)
-
     def fingerprint(self) -> str:
         """Return a SHA-256 that names the tokens and the order: equal fingerprints give equal samples."""
         parts = [sampler.fingerprint() for sampler in self.samplers] + list(map(str, self.counts))
