@@ -71,7 +71,25 @@ def check_step(version, size):
     assert torch.equal(inputs.state, state)
 
 
+def check_halves():
+    """Every number of 16 bits is read and rounded as torch does it: with N = 1 and k = v = 1, y = r u."""
+    for dtype in (torch.float16, torch.bfloat16):
+        r = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).reshape(1, 1, -1, 1)
+        r = r.masked_fill(r.isinf(), 1)  # times the empty state they are NaN
+        if dtype == torch.bfloat16:  # its denormal numbers are those of fp32, which kernels flush
+            r = torch.where(r.abs() < torch.finfo(dtype).tiny, 0, r)
+        ones = torch.ones_like(r)
+        for factor in (1.0, 1.0078125, 0.7578125, 60000.0):
+            u = torch.full((r.shape[2], 1), factor, dtype=dtype)
+            y, _ = ops.wkv6(r, ones, ones, -ones, u)
+            expected = (r.float() * u.float()).to(dtype)
+            if dtype == torch.bfloat16:
+                expected = torch.where(expected.abs() < torch.finfo(dtype).tiny, 0, expected)
+            torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def check_all():
+    check_halves()
     for version in OPS:
         check_against_reference(version)
         check_summaries(version)
