@@ -7,6 +7,16 @@
 
 #include "tokenizer/decoder.h"
 
+py::array_t<uint16_t> to_array(rwkv::IdBuffer ids) {
+  const size_t count = ids.size();
+  if (count == 0) return py::array_t<uint16_t>(0);
+  std::unique_ptr<uint16_t, rwkv::FreeMemory> memory = ids.release();
+  const uint16_t* data = memory.get();
+  const py::capsule owner(data, [](void* pointer) { rwkv::FreeMemory()(pointer); });
+  (void)memory.release();  // the capsule frees it with the array
+  return py::array_t<uint16_t>(count, data, owner);
+}
+
 int64_t read_id(const Tokenizer& tokenizer, py::handle item, size_t index) {
   const auto number = py::reinterpret_steal<py::object>(PyNumber_Index(item.ptr()));
   if (!number) {
@@ -18,15 +28,6 @@ int64_t read_id(const Tokenizer& tokenizer, py::handle item, size_t index) {
   const long long id = PyLong_AsLongLongAndOverflow(number.ptr(), &overflow);
   if (overflow != 0) rwkv::throw_bad_id(tokenizer.vocabulary, index, py::str(number));
   return id;
-}
-
-py::array_t<uint16_t> to_array(rwkv::IdBuffer ids) {
-  const size_t count = ids.size();
-  std::unique_ptr<uint16_t, rwkv::FreeMemory> memory = ids.release();
-  const uint16_t* data = memory.get();
-  const py::capsule owner(data, [](void* pointer) { rwkv::FreeMemory()(pointer); });
-  (void)memory.release();  // the capsule frees it with the array
-  return py::array_t<uint16_t>(count, data, owner);
 }
 
 namespace {
@@ -144,5 +145,6 @@ PYBIND11_MODULE(_native, module) {
       },
       py::arg("text"), py::arg("name"), py::arg("sha256"), "The bytes of a file for Tokenizer.map().");
 
+  bind_lines(module);
   bind_stream(module);
 }

@@ -53,4 +53,5 @@ int64_t read_id(const Tokenizer& tokenizer, py::handle item, size_t index);
 // Hands the ids over without a copy.
 py::array_t<uint16_t> to_array(rwkv::IdBuffer ids);
 
+void bind_lines(py::module_& module);
 void bind_stream(py::module_& module);

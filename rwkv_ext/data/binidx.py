@@ -258,7 +258,7 @@ class BinidxWriter:
         self._check_open("close")
         try:
             _sync_and_close(self._file)
-            self._finish_index()
+            finish_index(self._index, self.n_documents)
             _sync_and_close(self._index)
             self._check_free()  # another writer may have been faster
             # Between the renames there is no index at all rather than one that belongs to other tokens.
@@ -298,22 +298,6 @@ class BinidxWriter:
             advice = "it was closed or it failed; open a new one"
             raise ValueError(f"{where}: the writer of {self.bin_path} must be open, but {advice}")
 
-    def _finish_index(self) -> None:
-        """Add offsets and document numbers behind the sizes, in pieces: the index of a large corpus has gigabytes."""
-        n, offset = self.n_documents, 0
-        self._index.flush()
-        with open(self._temporary[1], "rb") as written:
-            written.seek(HEADER.size)
-            for begin in range(0, n, BLOCK):
-                sizes = np.fromfile(written, "<i4", min(BLOCK, n - begin))
-                ends = offset + 2 * np.cumsum(sizes, dtype="<i8")
-                self._index.write(np.concatenate([[offset], ends[:-1]]).astype("<i8").data)
-                offset = int(ends[-1])
-        for begin in range(0, n + 1, BLOCK):
-            self._index.write(np.arange(begin, min(begin + BLOCK, n + 1), dtype="<i8").data)
-        self._index.seek(0)
-        self._index.write(HEADER.pack(MAGIC, 1, UINT16, n, n + 1))
-
     def _abandon(self, error: BaseException) -> None:
         self.abort()
         if isinstance(error, OSError) and error.strerror:
@@ -321,6 +305,26 @@ class BinidxWriter:
             advice = "nothing was kept: make room on the disk and run it again"
             message = f"cannot write {place}: {error.strerror}; {advice}"
             raise OSError(error.errno, message, str(self.bin_path)) from error
+
+
+def finish_index(index, n_documents: int) -> None:
+    """Make an index of a file, open to read and write, that ends behind the sizes: offsets, document numbers, header.
+
+    All in pieces: the index of a large corpus has gigabytes.
+    """
+    offset = 0
+    index.flush()
+    with open(index.name, "rb") as written:
+        written.seek(HEADER.size)
+        for begin in range(0, n_documents, BLOCK):
+            sizes = np.fromfile(written, "<i4", min(BLOCK, n_documents - begin))
+            ends = offset + 2 * np.cumsum(sizes, dtype="<i8")
+            index.write(np.concatenate([[offset], ends[:-1]]).astype("<i8").data)
+            offset = int(ends[-1])
+    for begin in range(0, n_documents + 1, BLOCK):
+        index.write(np.arange(begin, min(begin + BLOCK, n_documents + 1), dtype="<i8").data)
+    index.seek(0)
+    index.write(HEADER.pack(MAGIC, 1, UINT16, n_documents, n_documents + 1))
 
 
 def _uint16(ids, where: str, most: int | None = None) -> np.ndarray:

@@ -15,7 +15,8 @@ from rwkv_ext.tokenizer import WorldTokenizer
 
 BUILD_HELP = """Write OUT.bin and OUT.idx: one document for each line of a .jsonl file, each row of a .parquet file and
 each text file, in the order of the inputs; .gz and .zst are decompressed, - is standard input (JSON lines); a folder
-gives its *.txt, *.jsonl and *.parquet files by sorted name. Options go before IN or after OUT."""
+gives its *.txt, *.jsonl and *.parquet files by sorted name. After a crash or Ctrl-C the same command goes on where it
+stopped. Options go before IN or after OUT."""
 PREFIX_HELP = "a shard's name without .bin and .idx, or a folder: its shards by sorted name"
 
 
@@ -31,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     eod = argparse.BooleanOptionalAction
     add("--eod", action=eod, default=True, help="end each document with token 0 (default)")
     add("--invalid-utf8", choices=INVALID_UTF8, default="error", help="what is not UTF-8 (default: error)")
+    add("--drop-empty", action="store_true", help="leave out documents of white space alone")
+    add("--threads", type=int, metavar="N", help="pieces encoded at once (default: one for each core)")
     add("--overwrite", action="store_true", help="replace the shard OUT if it exists")
     command.set_defaults(run_action=_build)
 
@@ -106,6 +109,8 @@ def _build(args) -> int:
         include=args.include or (),
         eod=args.eod,
         invalid_utf8=args.invalid_utf8,
+        drop_empty=args.drop_empty,
+        threads=args.threads,
         overwrite=args.overwrite,
     )
     bin_path, idx_path = shard_files(out)

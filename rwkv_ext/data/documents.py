@@ -83,31 +83,65 @@ def read_documents(path: Path, text_key: str = "text", invalid_utf8: str = "erro
             yield from _read_lines(file, path, text_key, invalid_utf8)
         else:
             data = file.read()
-            text, valid = _decode(data, f"{path}: {_offset(file)}", 0, invalid_utf8)
-            yield Document(None if text is None else text.encode(), file.consumed(), valid)
+            yield read_text(data, path, file.is_compressed, file.consumed(), invalid_utf8)
 
 
-def _offset(file: InputFile) -> str:
-    return "decompressed byte offset" if file.is_compressed else "byte offset"
+def offset_name(is_compressed: bool) -> str:
+    """Return what errors call a position in a file."""
+    return "decompressed byte offset" if is_compressed else "byte offset"
 
 
 def _read_lines(file: InputFile, path: Path, text_key: str, invalid_utf8: str) -> Iterator[Document]:
     offset = 0
     for number, line in enumerate(file, start=1):
-        where = f"{path}: line {number}, {_offset(file)}"
         end = file.consumed() if file.is_compressed else offset + len(line)
-        body = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line  # a byte order mark is no JSON
-        text, valid = _decode(body, where, offset + len(line) - len(body), invalid_utf8)
-        if text is not None and text.strip():
-            text = _read_json(text.rstrip(), f"{where} {offset}", text_key)
-            text, paired = _join_surrogates(text, f"{where} {offset}", invalid_utf8)
-            yield Document(None if text is None else text.encode(), end, valid and paired)
-        elif text is None:
-            yield Document(None, end, False)
+        where = f"{path}: line {number}, {offset_name(file.is_compressed)}"
+        document = read_line(line, number, offset, end, where, text_key, invalid_utf8)
+        if document is not None:
+            yield document
         offset += len(line)
 
 
+def read_line(
+    line: bytes, number: int, offset: int, end: int, where: str, text_key: str, invalid_utf8: str
+) -> Document | None:
+    """Return the document of line `number`, counted from 1, or None for an empty line; errors as `read_documents`."""
+    body = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line  # a byte order mark is no JSON
+    text, valid = _decode(body, where, offset + len(line) - len(body), invalid_utf8)
+    if text is None:
+        return Document(None, end, False)
+    if not text.strip():
+        return None
+    text = _read_json(text.rstrip(), f"{where} {offset}", text_key)
+    text, paired = _join_surrogates(text, f"{where} {offset}", invalid_utf8)
+    return Document(None if text is None else text.encode(), end, valid and paired)
+
+
+def read_text(data: bytes, path: Path, is_compressed: bool, end: int, invalid_utf8: str) -> Document:
+    """Return the document that a whole file is; errors as `read_documents`."""
+    text, valid = _decode(data, f"{path}: {offset_name(is_compressed)}", 0, invalid_utf8)
+    return Document(None if text is None else text.encode(), end, valid)
+
+
+def read_row(data: bytes | None, path: Path, row: int, end: int, text_key: str, invalid_utf8: str) -> Document:
+    """Return the document of a row, counted from 1, of a table; errors as `read_documents`."""
+    if data is None:
+        advice = "remove such rows from the table"
+        raise ValueError(f"{path}: row {row}: {text_key!r} must be a string, got null; {advice}")
+    text, valid = _decode(data, f"{path}: row {row}, byte", 0, invalid_utf8)
+    return Document(None if text is None else text.encode(), end, valid)
+
+
 def _read_table(path: Path, text_key: str, invalid_utf8: str) -> Iterator[Document]:
+    row, size = 0, path.stat().st_size
+    for texts, rows in read_column(path, text_key):
+        for data in texts.to_pylist():
+            row += 1
+            yield read_row(data, path, row, size * row // rows, text_key, invalid_utf8)
+
+
+def read_column(path: Path, text_key: str) -> Iterator[tuple]:
+    """Yield (texts, rows): pyarrow's LargeBinaryArray of at most TABLE_ROWS texts, and how many the table has."""
     arrow = optional_package("pyarrow.parquet", path)
     try:
         table = arrow.parquet.ParquetFile(path)
@@ -121,19 +155,11 @@ def _read_table(path: Path, text_key: str, invalid_utf8: str) -> Iterator[Docume
         kind = kind.value_type if arrow.types.is_dictionary(kind) else kind
         if not (arrow.types.is_string(kind) or arrow.types.is_large_string(kind)):
             raise ValueError(f"{path}: column {text_key!r} must hold strings, got {kind}; name another with --text-key")
-        size, row = path.stat().st_size, 0
         for batch in table.iter_batches(TABLE_ROWS, columns=[text_key]):
             column = batch.column(0)
             column = column.dictionary_decode() if arrow.types.is_dictionary(column.type) else column
-            for data in column.cast(arrow.large_binary()).to_pylist():  # writers do not always check for UTF-8
-                row += 1
-                if data is None:
-                    raise ValueError(
-                        f"{path}: row {row}: {text_key!r} must be a string, got null; remove such rows from the table"
-                    )
-                text, valid = _decode(data, f"{path}: row {row}, byte", 0, invalid_utf8)
-                data = None if text is None else text.encode()
-                yield Document(data, size * row // table.metadata.num_rows, valid)
+            # writers do not always check for UTF-8
+            yield column.cast(arrow.large_binary()), table.metadata.num_rows
     except (arrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:
             raise

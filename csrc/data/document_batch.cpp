@@ -1,0 +1,112 @@
+#include "data/document_batch.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "data/json_record.h"
+#include "data/utf8_check.h"
+
+namespace rwkv {
+namespace {
+
+// Whether the tokens' bytes are the text. Most tokens are shorter than the sixteen bytes compared at once.
+bool decodes_to(const Vocabulary& vocabulary, const uint16_t* ids, const uint16_t* end, std::string_view text) {
+  const char* at = text.data();
+  const char* text_end = at + text.size();
+  for (; ids != end; ++ids) {
+    const std::string_view token = vocabulary.token(*ids);
+    if (token.empty() || static_cast<size_t>(text_end - at) < token.size()) return false;
+    if (std::memcmp(at, token.data(), token.size()) != 0) return false;
+    at += token.size();
+  }
+  return at == text_end;
+}
+
+// False where the ids are not a document's: they are taken back.
+bool add_document(const Vocabulary& vocabulary, const Encoder& encoder, std::string_view text,
+                  const BatchOptions& options, DocumentBatch& batch) {
+  if (options.drop_blank && is_blank(text)) {
+    ++batch.dropped;
+    return true;
+  }
+  const size_t first = batch.ids.size();
+  encoder.encode(text, batch.ids);
+  if (options.end_of_document) {
+    uint16_t* end = batch.ids.room(1);
+    *end = 0;
+    batch.ids.set_end(end + 1);
+  }
+  const size_t size = batch.ids.size() - first;
+  const uint16_t* ids = batch.ids.data() + first;
+  if (size > std::numeric_limits<int32_t>::max() ||
+      !decodes_to(vocabulary, ids, ids + size - options.end_of_document, text)) {
+    batch.ids.set_end(ids);
+    return false;
+  }
+  batch.sizes.push_back(static_cast<int32_t>(size));
+  batch.text_bytes += text.size();
+  return true;
+}
+
+bool is_passed_over(std::string_view line) { return line.find_first_not_of(" \t\r") == std::string_view::npos; }
+
+// Bytes at the front of `text` that are one white space character as Python's str.isspace has it; 0 for none.
+size_t leading_space(std::string_view text) {
+  const auto byte = [&](size_t i) { return i < text.size() ? static_cast<uint8_t>(text[i]) : uint8_t{0}; };
+  const uint8_t lead = byte(0);
+  if (lead < 0x80) return lead == ' ' || (lead >= 0x09 && lead <= 0x0D) || (lead >= 0x1C && lead <= 0x1F) ? 1 : 0;
+  if (lead == 0xC2) return byte(1) == 0x85 || byte(1) == 0xA0 ? 2 : 0;
+  const uint32_t character = static_cast<uint32_t>(lead << 16 | byte(1) << 8 | byte(2));
+  const bool is_space = character == 0xE19A80 || (character >= 0xE28080 && character <= 0xE2808A) ||  // U+2000 to 200A
+                        character == 0xE280A8 || character == 0xE280A9 || character == 0xE280AF ||
+                        character == 0xE2819F || character == 0xE38080;
+  return is_space ? 3 : 0;
+}
+
+}  // namespace
+
+bool is_blank(std::string_view text) {
+  while (!text.empty()) {
+    const size_t space = leading_space(text);
+    if (space == 0) return false;
+    text.remove_prefix(space);
+  }
+  return true;
+}
+
+DocumentBatch encode_lines(const Vocabulary& vocabulary, const Encoder& encoder, std::string_view lines,
+                           size_t position, std::string_view key, const BatchOptions& options) {
+  DocumentBatch batch;
+  JsonRecord record(options.use_vectors);
+  while (position < lines.size()) {
+    const char* begin = lines.data() + position;
+    const size_t rest = lines.size() - position;
+    const void* newline = std::memchr(begin, '\n', rest);
+    const size_t length = newline ? static_cast<size_t>(static_cast<const char*>(newline) - begin) : rest;
+    const std::string_view line(begin, length);
+    std::string_view text;
+    if (!is_passed_over(line)) {
+      if (!is_utf8(line, options.use_vectors) || !record.read(line, key, text)) break;
+      if (!add_document(vocabulary, encoder, text, options, batch)) break;
+    }
+    ++batch.lines;
+    position += std::min(length + 1, rest);
+  }
+  batch.position = position;
+  return batch;
+}
+
+DocumentBatch encode_texts(const Vocabulary& vocabulary, const Encoder& encoder, std::string_view data,
+                           const int64_t* offsets, size_t first, size_t count, const BatchOptions& options) {
+  DocumentBatch batch;
+  for (size_t i = first; i < count; ++i) {
+    const auto begin = static_cast<size_t>(offsets[i]);
+    const std::string_view text = data.substr(begin, static_cast<size_t>(offsets[i + 1]) - begin);
+    if (!is_utf8(text, options.use_vectors) || !add_document(vocabulary, encoder, text, options, batch)) break;
+    ++batch.lines;
+  }
+  return batch;
+}
+
+}  // namespace rwkv

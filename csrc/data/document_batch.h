@@ -1,0 +1,43 @@
+// Encoded documents back to back, as a shard holds them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+#include <vector>
+
+#include "tokenizer/encoder.h"
+#include "tokenizer/id_buffer.h"
+#include "tokenizer/vocabulary.h"
+
+namespace rwkv {
+
+struct BatchOptions {
+  bool end_of_document;  // token 0 behind each document
+  bool drop_blank;       // leave out documents of white space alone
+  bool use_vectors;
+};
+
+struct DocumentBatch {
+  IdBuffer ids;
+  std::vector<int32_t> sizes;  // in tokens, with the end of document
+  size_t text_bytes = 0;
+  size_t dropped = 0;  // blank documents
+  size_t lines = 0;    // or texts: how many were read, with the blank and the empty ones
+  size_t position = 0;  // of the first line that was not read, in bytes; the end if all were
+};
+
+// Encodes the whole lines that begin at `position`, JSON objects with a string under `key`, until the first that
+// JsonRecord does not accept or that is not UTF-8. Lines of spaces, tabs and carriage returns are passed over.
+DocumentBatch encode_lines(const Vocabulary& vocabulary, const Encoder& encoder, std::string_view lines,
+                           size_t position, std::string_view key, const BatchOptions& options);
+
+// Encodes the texts data[offsets[i] .. offsets[i + 1]) for i from `first` to count - 1, until the first that is not
+// UTF-8. `position` is not used. Offsets must ascend and stay in `data`.
+DocumentBatch encode_texts(const Vocabulary& vocabulary, const Encoder& encoder, std::string_view data,
+                           const int64_t* offsets, size_t first, size_t count, const BatchOptions& options);
+
+// Whether Python's str.isspace holds for the whole of a text in UTF-8, or the text is empty.
+bool is_blank(std::string_view text);
+
+}  // namespace rwkv

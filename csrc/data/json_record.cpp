@@ -1,0 +1,301 @@
+#include "data/json_record.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+namespace rwkv {
+namespace {
+
+constexpr size_t kVector = 16;
+constexpr int kMaxDepth = 64;
+constexpr ptrdiff_t kMaxNumber = 600;  // characters: below the least limit of digits that Python can be told
+
+bool is_special(char byte) { return byte == '"' || byte == '\\' || static_cast<uint8_t>(byte) < 0x20; }
+
+#if defined(__SSE2__)
+// Bit i is set if byte i ends a run of plain characters: a quote, a backslash or a control character.
+uint32_t special_bytes(__m128i bytes) {
+  const __m128i quote = _mm_cmpeq_epi8(bytes, _mm_set1_epi8('"'));
+  const __m128i backslash = _mm_cmpeq_epi8(bytes, _mm_set1_epi8('\\'));
+  const __m128i control = _mm_cmpeq_epi8(_mm_min_epu8(bytes, _mm_set1_epi8(0x1F)), bytes);
+  return static_cast<uint32_t>(_mm_movemask_epi8(_mm_or_si128(_mm_or_si128(quote, backslash), control)));
+}
+#endif
+
+// The first special byte in begin .. end, or end.
+template <bool kVectors>
+const char* find_special(const char* begin, const char* end) {
+#if defined(__SSE2__)
+  if constexpr (kVectors) {
+    for (; end - begin >= static_cast<ptrdiff_t>(kVector); begin += kVector) {
+      const uint32_t mask = special_bytes(_mm_loadu_si128(reinterpret_cast<const __m128i*>(begin)));
+      if (mask != 0) return begin + __builtin_ctz(mask);
+    }
+  }
+#endif
+  while (begin != end && !is_special(*begin)) ++begin;
+  return begin;
+}
+
+// The same, and copies what lies before it to `out`, where there is room for kVector bytes more than that.
+template <bool kVectors>
+const char* copy_to_special(const char* begin, const char* end, char*& out) {
+#if defined(__SSE2__)
+  if constexpr (kVectors) {
+    for (; end - begin >= static_cast<ptrdiff_t>(kVector); begin += kVector, out += kVector) {
+      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(begin));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out), bytes);
+      const uint32_t mask = special_bytes(bytes);
+      if (mask != 0) {
+        const int count = __builtin_ctz(mask);
+        out += count;
+        return begin + count;
+      }
+    }
+  }
+#endif
+  while (begin != end && !is_special(*begin)) *out++ = *begin++;
+  return begin;
+}
+
+// 0 to 15, or 16 for what is no hexadecimal digit.
+uint32_t hex_digit(char byte) {
+  if (byte >= '0' && byte <= '9') return static_cast<uint32_t>(byte - '0');
+  const char lower = static_cast<char>(byte | 32);
+  return lower >= 'a' && lower <= 'f' ? static_cast<uint32_t>(lower - 'a' + 10) : 16;
+}
+
+// The code unit of `XXXX` at digits[0 .. 4), or a number above 0xFFFF.
+uint32_t code_unit(const char* digits) {
+  uint32_t unit = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t digit = hex_digit(digits[i]);
+    if (digit == 16) return ~uint32_t{0};
+    unit = unit << 4 | digit;
+  }
+  return unit;
+}
+
+void put_utf8(uint32_t code_point, char*& out) {
+  const auto put = [&](uint32_t byte) { *out++ = static_cast<char>(byte); };
+  if (code_point < 0x80) return put(code_point);
+  if (code_point < 0x800) {
+    put(0xC0 | code_point >> 6);
+  } else {
+    if (code_point < 0x10000) {
+      put(0xE0 | code_point >> 12);
+    } else {
+      put(0xF0 | code_point >> 18);
+      put(0x80 | (code_point >> 12 & 0x3F));
+    }
+    put(0x80 | (code_point >> 6 & 0x3F));
+  }
+  put(0x80 | (code_point & 0x3F));
+}
+
+// What a backslash and this byte stand for; 0 for what is no such escape.
+char short_escape(char byte) {
+  switch (byte) {
+    case '"': case '\\': case '/': return byte;
+    case 'b': return '\b';
+    case 'f': return '\f';
+    case 'n': return '\n';
+    case 'r': return '\r';
+    case 't': return '\t';
+    default: return 0;
+  }
+}
+
+// Walks over one line; every function moves `at` behind what it reads and returns false where that is not there.
+template <bool kVectors>
+struct Walk {
+  const char* at;
+  const char* end;
+
+  bool next_is(char byte) {
+    if (at == end || *at != byte) return false;
+    ++at;
+    return true;
+  }
+
+  void skip_space() {
+    while (at != end && (*at == ' ' || *at == '\t' || *at == '\r')) ++at;
+  }
+
+  bool skip_literal(std::string_view literal) {
+    if (static_cast<size_t>(end - at) < literal.size()) return false;
+    if (std::memcmp(at, literal.data(), literal.size()) != 0) return false;
+    at += literal.size();
+    return true;
+  }
+
+  bool skip_digits() {
+    const char* first = at;
+    while (at != end && *at >= '0' && *at <= '9') ++at;
+    return at != first;
+  }
+
+  bool skip_number() {
+    const char* first = at;
+    next_is('-');
+    if (!next_is('0') && !skip_digits()) return false;
+    if (next_is('.') && !skip_digits()) return false;
+    if (at != end && (*at | 32) == 'e') {
+      ++at;
+      if (!next_is('+')) next_is('-');
+      if (!skip_digits()) return false;
+    }
+    return at - first <= kMaxNumber;
+  }
+
+  // Behind the opening quote.
+  bool skip_string() {
+    for (;;) {
+      at = find_special<kVectors>(at, end);
+      if (next_is('"')) return true;
+      if (!next_is('\\') || at == end) return false;
+      const char escape = *at++;
+      if (short_escape(escape) != 0) continue;
+      if (escape != 'u' || end - at < 4 || code_unit(at) > 0xFFFF) return false;
+      at += 4;
+    }
+  }
+
+  // Behind `\u`.
+  bool read_code_point(char*& out) {
+    if (end - at < 4) return false;
+    uint32_t code_point = code_unit(at);
+    at += 4;
+    if (code_point > 0xFFFF) return false;
+    if (code_point >= 0xD800 && code_point < 0xE000) {
+      if (code_point >= 0xDC00 || end - at < 6 || at[0] != '\\' || at[1] != 'u') return false;
+      const uint32_t low = code_unit(at + 2);
+      if (low < 0xDC00 || low > 0xDFFF) return false;
+      code_point = 0x10000 + ((code_point - 0xD800) << 10) + (low - 0xDC00);
+      at += 6;
+    }
+    put_utf8(code_point, out);
+    return true;
+  }
+
+  // Behind the opening quote. The string stays where it is unless it has an escape.
+  template <typename Scratch>
+  bool read_string(Scratch& scratch, std::string_view& string) {
+    const char* first = at;
+    at = find_special<kVectors>(at, end);
+    if (next_is('"')) {
+      string = {first, static_cast<size_t>(at - 1 - first)};
+      return true;
+    }
+    char* const begin = scratch.room(static_cast<size_t>(end - first) + kVector);
+    char* out = begin;
+    std::memcpy(out, first, static_cast<size_t>(at - first));
+    out += at - first;
+    while (next_is('\\')) {
+      if (at == end) return false;
+      const char escape = *at++;
+      if (const char byte = short_escape(escape)) {
+        *out++ = byte;
+      } else if (escape != 'u' || !read_code_point(out)) {
+        return false;
+      }
+      at = copy_to_special<kVectors>(at, end, out);
+    }
+    string = {begin, static_cast<size_t>(out - begin)};
+    return next_is('"');
+  }
+
+  // Reads `, ` or the closing bracket; `more` says which.
+  bool next_member(char closing, bool& more) {
+    skip_space();
+    more = next_is(',');
+    skip_space();
+    return more || next_is(closing);
+  }
+
+  bool skip_colon() {
+    skip_space();
+    if (!next_is(':')) return false;
+    skip_space();
+    return true;
+  }
+
+  bool skip_object(int depth) {
+    skip_space();
+    if (next_is('}')) return true;
+    for (bool more = true; more;) {
+      if (!next_is('"') || !skip_string() || !skip_colon() || !skip_value(depth)) return false;
+      if (!next_member('}', more)) return false;
+    }
+    return true;
+  }
+
+  bool skip_array(int depth) {
+    skip_space();
+    if (next_is(']')) return true;
+    for (bool more = true; more;) {
+      if (!skip_value(depth) || !next_member(']', more)) return false;
+    }
+    return true;
+  }
+
+  bool skip_value(int depth) {
+    if (at == end) return false;
+    switch (*at) {
+      case '"': ++at; return skip_string();
+      case '{': ++at; return depth > 0 && skip_object(depth - 1);
+      case '[': ++at; return depth > 0 && skip_array(depth - 1);
+      case 't': return skip_literal("true");
+      case 'f': return skip_literal("false");
+      case 'n': return skip_literal("null");
+      default: return skip_number();
+    }
+  }
+
+  template <typename Scratch>
+  bool read_record(std::string_view wanted, Scratch& key_scratch, Scratch& text_scratch, std::string_view& text) {
+    skip_space();
+    if (!next_is('{')) return false;
+    skip_space();
+    bool found = false;
+    for (bool more = true; more;) {
+      std::string_view key;
+      if (!next_is('"') || !read_string(key_scratch, key) || !skip_colon()) return false;
+      if (key != wanted) {
+        if (!skip_value(kMaxDepth - 1)) return false;
+      } else {
+        found = next_is('"');  // a later value takes the place of an earlier one
+        if (!(found ? read_string(text_scratch, text) : skip_value(kMaxDepth - 1))) return false;
+      }
+      if (!next_member('}', more)) return false;
+    }
+    skip_space();
+    return found && at == end;
+  }
+};
+
+}  // namespace
+
+char* JsonRecord::Scratch::room(size_t count) {
+  if (count > size) {
+    const size_t grown = std::max(count, size + size / 2);
+    size = 0;
+    bytes.reset();  // what it held is not needed, and need not lie beside what takes its place
+    bytes.reset(new char[grown]);
+    size = grown;
+  }
+  return bytes.get();
+}
+
+bool JsonRecord::read(std::string_view line, std::string_view key, std::string_view& text) {
+  const char* end = line.data() + line.size();
+  if (use_vectors_) return Walk<true>{line.data(), end}.read_record(key, key_, text_, text);
+  return Walk<false>{line.data(), end}.read_record(key, key_, text_, text);
+}
+
+}  // namespace rwkv

@@ -1,0 +1,35 @@
+// One line of JSON to the string under one key of its object.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <string_view>
+
+namespace rwkv {
+
+// Reads what is beyond doubt and leaves the rest to a complete parser: whatever is accepted, Python's json.loads reads
+// the same. Not accepted although it may be JSON: NaN and Infinity, halves of surrogate pairs in keys and in the text,
+// more than 64 levels, numbers of more than 600 characters. For one thread at a time.
+class JsonRecord {
+ public:
+  // use_vectors false: plain C++; the answers are the same.
+  explicit JsonRecord(bool use_vectors = true) : use_vectors_(use_vectors) {}
+
+  // Sets `text` to the string that the last `key` of the object `line` has. It lies in `line` or in memory that lasts
+  // until the next call. False where the line is not accepted. `line` must be UTF-8; neither may hold a line end.
+  bool read(std::string_view line, std::string_view key, std::string_view& text);
+
+ private:
+  // Memory for unescaped strings, which are no longer than what they were; kept between calls.
+  struct Scratch {
+    std::unique_ptr<char[]> bytes;
+    size_t size = 0;
+    char* room(size_t count);
+  };
+
+  bool use_vectors_;
+  Scratch key_;
+  Scratch text_;
+};
+
+}  // namespace rwkv

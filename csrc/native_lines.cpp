@@ -1,0 +1,75 @@
+// rwkv_ext._native: many documents at once, from JSON lines or from texts back to back, to ids back to back.
+#include <memory>
+#include <stdexcept>
+#include <utility>
+
+#include "data/document_batch.h"
+#include "native.h"
+
+namespace {
+
+py::array_t<int32_t> to_array(std::vector<int32_t> sizes) {
+  if (sizes.empty()) return py::array_t<int32_t>(0);
+  auto kept = std::make_unique<std::vector<int32_t>>(std::move(sizes));
+  const size_t count = kept->size();
+  const int32_t* data = kept->data();
+  const py::capsule owner(kept.get(), [](void* pointer) { delete static_cast<std::vector<int32_t>*>(pointer); });
+  (void)kept.release();  // the capsule frees it with the array
+  return py::array_t<int32_t>(count, data, owner);
+}
+
+void check_texts(const py::array_t<int64_t>& offsets, size_t bytes) {
+  if (offsets.ndim() != 1 || offsets.size() == 0) {
+    throw std::invalid_argument("encode_texts: offsets must have one dimension and an element or more");
+  }
+  int64_t before = 0;
+  for (py::ssize_t i = 0; i < offsets.size(); ++i) {
+    if (offsets.at(i) < before || offsets.at(i) > static_cast<int64_t>(bytes)) {
+      throw std::invalid_argument("encode_texts: offsets must ascend from 0 to at most " + std::to_string(bytes) +
+                                  ", got " + std::to_string(offsets.at(i)) + " at " + std::to_string(i));
+    }
+    before = offsets.at(i);
+  }
+}
+
+// (ids, sizes, text bytes, dropped, lines, position) as document_batch.h says.
+py::tuple to_tuple(rwkv::DocumentBatch batch) {
+  return py::make_tuple(::to_array(std::move(batch.ids)), to_array(std::move(batch.sizes)), batch.text_bytes,
+                        batch.dropped, batch.lines, batch.position);
+}
+
+}  // namespace
+
+void bind_lines(py::module_& module) {
+  module.def(
+      "encode_lines",
+      [](const Tokenizer& tokenizer, const py::object& data, size_t position, const std::string& key, bool eod,
+         bool drop_blank, bool use_vectors) {
+        const BytesView lines(data);
+        rwkv::DocumentBatch batch;
+        {
+          const py::gil_scoped_release unlock;
+          batch = rwkv::encode_lines(tokenizer.vocabulary, tokenizer.encoder, lines.view(), position, key,
+                                     {eod, drop_blank, use_vectors});
+        }
+        return to_tuple(std::move(batch));
+      },
+      py::arg("tokenizer"), py::arg("data"), py::arg("position"), py::arg("key"), py::arg("eod"),
+      py::arg("drop_blank"), py::arg("use_vectors") = true);
+  module.def(
+      "encode_texts",
+      [](const Tokenizer& tokenizer, const py::object& data, const py::array_t<int64_t, py::array::c_style>& offsets,
+         size_t first, bool eod, bool drop_blank, bool use_vectors) {
+        const BytesView texts(data);
+        check_texts(offsets, texts.view().size());
+        rwkv::DocumentBatch batch;
+        {
+          const py::gil_scoped_release unlock;
+          batch = rwkv::encode_texts(tokenizer.vocabulary, tokenizer.encoder, texts.view(), offsets.data(), first,
+                                     static_cast<size_t>(offsets.size()) - 1, {eod, drop_blank, use_vectors});
+        }
+        return to_tuple(std::move(batch));
+      },
+      py::arg("tokenizer"), py::arg("data"), py::arg("offsets"), py::arg("first"), py::arg("eod"),
+      py::arg("drop_blank"), py::arg("use_vectors") = true);
+}
