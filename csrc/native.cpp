@@ -2,9 +2,12 @@
 #include "native.h"
 
 #include <algorithm>
+#include <deque>
 #include <memory>
 #include <utility>
+#include <vector>
 
+#include "tokenizer/batch_encoder.h"
 #include "tokenizer/decoder.h"
 
 py::array_t<uint16_t> to_array(rwkv::IdBuffer ids) {
@@ -32,6 +35,34 @@ int64_t read_id(const Tokenizer& tokenizer, py::handle item, size_t index) {
 
 namespace {
 
+std::string_view utf8_of(py::handle text) {
+  py::ssize_t size = 0;
+  const char* bytes = PyUnicode_AsUTF8AndSize(text.ptr(), &size);
+  if (!bytes) throw py::error_already_set();  // a lone surrogate
+  return {bytes, static_cast<size_t>(size)};
+}
+
+// Texts that are str or have contiguous bytes, kept as they are while others encode them.
+class Texts {
+ public:
+  // A message calls the text `name`.
+  void add(const py::object& text, const std::string& name) {
+    if (PyUnicode_Check(text.ptr())) {
+      strings_.push_back(text);
+      views_.push_back(utf8_of(text));
+    } else {
+      buffers_.emplace_back(text, name + " must be a str or contiguous bytes", "");
+      views_.push_back(buffers_.back().view());
+    }
+  }
+  const std::vector<std::string_view>& views() const { return views_; }
+
+ private:
+  std::vector<py::object> strings_;
+  std::deque<BytesView> buffers_;
+  std::vector<std::string_view> views_;
+};
+
 rwkv::IdBuffer encode(const Tokenizer& tokenizer, std::string_view text) {
   const py::gil_scoped_release unlock;
   rwkv::IdBuffer ids;
@@ -54,14 +85,83 @@ py::list to_list(Tokenizer& tokenizer, const rwkv::IdBuffer& ids) {
   return list;
 }
 
-template <typename Id>
-std::string decode_array(const Tokenizer& tokenizer, const py::array& array) {
-  const auto ids = py::array_t<Id, py::array::c_style | py::array::forcecast>::ensure(array);
+rwkv::BatchEncoder encode(const Tokenizer& tokenizer, const Texts& texts, size_t threads) {
   const py::gil_scoped_release unlock;
-  return rwkv::decode(tokenizer.vocabulary, ids.data(), static_cast<size_t>(ids.size()));
+  return rwkv::BatchEncoder(tokenizer.encoder, texts.views(), threads);
 }
 
-std::string decode(const Tokenizer& tokenizer, const py::object& ids) {
+template <typename Id>
+py::array copy_ids(const rwkv::BatchEncoder& batch) {
+  py::array_t<Id> ids(batch.offsets().back());
+  Id* begin = ids.mutable_data();
+  const py::gil_scoped_release unlock;
+  batch.copy(begin);
+  return ids;
+}
+
+py::array copy_ids(const rwkv::BatchEncoder& batch, bool is_wide) {
+  return is_wide ? copy_ids<uint32_t>(batch) : copy_ids<uint16_t>(batch);
+}
+
+py::tuple encode_packed(const Tokenizer& tokenizer, const py::object& items, size_t threads, bool is_wide) {
+  if (!py::isinstance<py::iterable>(items) || PyUnicode_Check(items.ptr()) || PyObject_CheckBuffer(items.ptr())) {
+    throw py::type_error("encode_batch: texts must be several, such as a list of str or bytes, got " +
+                         type_name(items) + "; use encode_array() for one text");
+  }
+  Texts texts;
+  for (const py::handle item : items) {
+    const std::string index = std::to_string(texts.views().size());
+    texts.add(py::reinterpret_borrow<py::object>(item), "encode_batch: texts[" + index + "]");
+  }
+  const rwkv::BatchEncoder batch = encode(tokenizer, texts, threads);
+  return py::make_tuple(copy_ids(batch, is_wide),
+                        py::array_t<int64_t>(batch.offsets().size(), batch.offsets().data()));
+}
+
+py::array encode_array(const Tokenizer& tokenizer, const py::object& text, size_t threads, bool is_wide) {
+  Texts texts;
+  texts.add(text, "encode_array: text");
+  if (threads == 1 && !is_wide) return to_array(encode(tokenizer, texts.views()[0]));
+  return copy_ids(encode(tokenizer, texts, threads), is_wide);
+}
+
+template <typename Id>
+py::bytes decode_ids(const Tokenizer& tokenizer, const Id* ids, size_t count) {
+  size_t size = 0;
+  {
+    const py::gil_scoped_release unlock;
+    size = rwkv::decoded_size(tokenizer.vocabulary, ids, count);
+  }
+  const auto bytes =
+      py::reinterpret_steal<py::bytes>(PyBytes_FromStringAndSize(nullptr, static_cast<py::ssize_t>(size)));
+  if (!bytes) throw py::error_already_set();
+  char* begin = PyBytes_AS_STRING(bytes.ptr());
+  const py::gil_scoped_release unlock;
+  rwkv::decode_to(tokenizer.vocabulary, ids, count, begin, size);
+  return bytes;
+}
+
+template <typename Id>
+py::bytes decode_array(const Tokenizer& tokenizer, const py::array& array) {
+  const auto ids = py::array_t<Id, py::array::c_style | py::array::forcecast>::ensure(array);
+  return decode_ids(tokenizer, ids.data(), static_cast<size_t>(ids.size()));
+}
+
+py::bytes decode_sequence(const Tokenizer& tokenizer, const py::object& ids) {
+  std::vector<int64_t> numbers;
+  if (PyList_CheckExact(ids.ptr()) || PyTuple_CheckExact(ids.ptr())) {
+    // Its size is asked for each time: an item's __index__ may change the list.
+    for (py::ssize_t i = 0; i < PySequence_Fast_GET_SIZE(ids.ptr()); ++i) {
+      const auto item = py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(ids.ptr(), i));
+      numbers.push_back(read_id(tokenizer, item, numbers.size()));
+    }
+  } else {
+    for (const py::handle item : ids) numbers.push_back(read_id(tokenizer, item, numbers.size()));
+  }
+  return decode_ids(tokenizer, numbers.data(), numbers.size());
+}
+
+py::bytes decode(const Tokenizer& tokenizer, const py::object& ids) {
   if (py::isinstance<py::array>(ids)) {
     const auto array = py::reinterpret_borrow<py::array>(ids);
     const char kind = array.dtype().kind();
@@ -71,14 +171,14 @@ std::string decode(const Tokenizer& tokenizer, const py::object& ids) {
                            " dimensions");
     }
     if (array.dtype().is(py::dtype::of<uint16_t>())) return decode_array<uint16_t>(tokenizer, array);
-    if (kind == 'i' || (kind == 'u' && array.itemsize() < 8)) return decode_array<int64_t>(tokenizer, array);
+    if (array.dtype().is(py::dtype::of<uint32_t>())) return decode_array<uint32_t>(tokenizer, array);
+    if (kind == 'u') return decode_array<uint64_t>(tokenizer, array);
+    if (kind == 'i') return decode_array<int64_t>(tokenizer, array);
   }
   if (py::isinstance<py::bytes>(ids) || py::isinstance<py::str>(ids) || !py::isinstance<py::iterable>(ids)) {
     throw py::type_error("decode: ids must be a sequence of integers, got " + type_name(ids));
   }
-  std::vector<int64_t> numbers;
-  for (const py::handle item : ids) numbers.push_back(read_id(tokenizer, item, numbers.size()));
-  return rwkv::decode(tokenizer.vocabulary, numbers.data(), numbers.size());
+  return decode_sequence(tokenizer, ids);
 }
 
 py::bytes to_bytes(const rwkv::Sha256& digest) {
@@ -120,21 +220,15 @@ PYBIND11_MODULE(_native, module) {
                throw py::type_error("encode: text must be a str, got " + type_name(text) +
                                     "; use encode_bytes() for bytes");
              }
-             py::ssize_t size = 0;
-             const char* bytes = PyUnicode_AsUTF8AndSize(text.ptr(), &size);
-             if (!bytes) throw py::error_already_set();  // a lone surrogate
-             return to_list(self, encode(self, {bytes, static_cast<size_t>(size)}));
+             return to_list(self, encode(self, utf8_of(text)));
            })
       .def("encode_bytes",
            [](Tokenizer& self, const py::object& data) {
              return to_list(self, encode(self, BytesView(data).view()));
            })
-      .def("encode_array",
-           [](const Tokenizer& self, const py::object& data) {
-             return to_array(encode(self, BytesView(data).view()));
-           })
-      .def("decode_bytes",
-           [](const Tokenizer& self, const py::object& ids) { return py::bytes(decode(self, ids)); })
+      .def("encode_array", &encode_array, py::arg("text"), py::arg("threads") = 1, py::arg("is_wide") = false)
+      .def("encode_packed", &encode_packed, py::arg("texts"), py::arg("threads"), py::arg("is_wide"))
+      .def("decode_bytes", &decode)
       .def("byte_lengths", [](const Tokenizer& self) {
         return py::array_t<uint8_t>(rwkv::kVocabSize, self.vocabulary.lengths());
       });

@@ -5,7 +5,12 @@ documents; encoding never produces it and it decodes to nothing. Ids 65530 to 65
 but no token.
 """
 
+import itertools
+import mmap
+import operator
 import os
+import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +25,17 @@ def _load_tables(vocabulary: Path):
         if compiled.source_size == WORLD.stat().st_size:
             return compiled
     return native().Tokenizer(vocabulary.read_bytes(), str(vocabulary))
+
+
+def _options(function: str, threads: int | None, dtype) -> tuple[int, bool]:
+    """The number of threads, and whether ids are uint32."""
+    if (dtype := np.dtype(dtype)) not in (np.uint16, np.uint32):
+        raise ValueError(f"{function}: dtype must be uint16 or uint32, got {dtype}; use .astype() for others")
+    if threads is None:
+        threads = len(os.sched_getaffinity(0))
+    if operator.index(threads) < 1:
+        raise ValueError(f"{function}: threads must be at least 1, or None for all CPUs there are, got {threads}")
+    return operator.index(threads), dtype == np.uint32
 
 
 class WorldTokenizer:
@@ -52,19 +68,51 @@ class WorldTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`. UnicodeEncodeError for a lone surrogate, which no UTF-8 text can hold."""
-        try:
-            return self._native.encode(text)
-        except UnicodeEncodeError as error:
-            error.reason += "; read the text with errors='replace', or give encode_bytes() its bytes"
-            raise
+        return self._explained(self._native.encode, text)
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """Return the ids of any contiguous bytes, UTF-8 or not."""
         return self._native.encode_bytes(data)
 
-    def encode_array(self, data: bytes) -> np.ndarray:
-        """Return the ids of any contiguous bytes as a new uint16 array, without a Python object per token."""
-        return self._native.encode_array(data)
+    def encode_array(self, text: str | bytes, threads: int | None = 1, dtype=np.uint16) -> np.ndarray:
+        """Return the ids of a str or of any contiguous bytes as a new array, without a Python object per token.
+
+        Bytes may be a memoryview, an mmap, a uint8 array; uint16 or uint32 ids. A long text is cut where a token must
+        end, so that several threads encode it; the ids are the same for any number of them. None: all CPUs there are.
+        """
+        return self._explained(self._native.encode_array, text, *_options("encode_array", threads, dtype))
+
+    def encode_file(self, path: str | os.PathLike, threads: int | None = None, dtype=np.uint16) -> np.ndarray:
+        """Return the ids of a regular file, mapped into memory: encode_array() of its bytes, whatever they are.
+
+        Nobody may shorten the file meanwhile. ValueError for a pipe or device.
+        """
+        options = _options("encode_file", threads, dtype)
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError(f"encode_file: path must be a regular file, got {path}; give encode_array() its bytes")
+            if status.st_size == 0:
+                return np.empty(0, dtype)
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return self._native.encode_array(data, *options)
+
+    def encode_batch(
+        self, texts: Iterable[str | bytes], threads: int | None = None, dtype=np.uint16
+    ) -> list[np.ndarray]:
+        """Return an array of ids for each text, views of one array; else as encode_packed()."""
+        ids, cu_seqlens = self.encode_packed(texts, threads, dtype)
+        return [ids[begin:end] for begin, end in itertools.pairwise(cu_seqlens.tolist())]
+
+    def encode_packed(
+        self, texts: Iterable[str | bytes], threads: int | None = None, dtype=np.uint16
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of all texts in one array, and cu_seqlens, int64 [len(texts) + 1]: where each text begins.
+
+        A text is a str or contiguous bytes. No id stands between two texts. `threads` share the work, all CPUs there
+        are if None; the ids, uint16 or uint32, are the same for any number of them.
+        """
+        return self._explained(self._native.encode_packed, texts, *_options("encode_batch", threads, dtype))
 
     def decode_bytes(self, ids) -> bytes:
         """Return the bytes of a sequence of ids. ValueError names the index and value of a bad id."""
@@ -79,6 +127,14 @@ class WorldTokenizer:
         """
         _check_errors("decode", errors)
         return self._native.decode_bytes(ids).decode("utf-8", errors)
+
+    @staticmethod
+    def _explained(encode, *arguments):
+        try:
+            return encode(*arguments)
+        except UnicodeEncodeError as error:
+            error.reason += "; read the text with errors='replace', or give encode_bytes() its bytes"
+            raise
 
     def stream(self, errors: str = "replace"):
         """Return a decoder for ids that arrive a few at a time: push(id or sequence of ids) -> str, flush() -> str.

@@ -4,6 +4,7 @@ import hashlib
 import os
 import random
 import re
+import resource
 import struct
 import subprocess
 from pathlib import Path
@@ -259,8 +260,21 @@ def program(tmp_path_factory):
 
 def test_cpp_program_without_python(program, world, tmp_path):
     text = WORLD.read_bytes()[:20_000] + bytes(range(256))
-    result = subprocess.run([program, WORLD_COMPILED], input=text, capture_output=True, check=True)
+    result = subprocess.run([program, WORLD_COMPILED, "1"], input=text, capture_output=True, check=True)
     assert [int(id) for id in result.stdout.split()] == world.encode_bytes(text)
     (tmp_path / "none").write_bytes(b"")
-    result = subprocess.run([program, tmp_path / "none"], input="", capture_output=True, text=True)
+    result = subprocess.run([program, tmp_path / "none", "1"], input="", capture_output=True, text=True)
     assert result.returncode == 1 and "none: must have at least 88 bytes, got 0" in result.stderr
+
+
+def test_fewer_threads_than_asked_for_do_the_work(program, world):
+    # A thread's stack takes a GiB of addresses, which there are not.
+    def limit():
+        resource.setrlimit(resource.RLIMIT_STACK, (1 << 30, resource.getrlimit(resource.RLIMIT_STACK)[1]))
+        resource.setrlimit(resource.RLIMIT_AS, (700 << 20, 700 << 20))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+    text = WORLD.read_bytes() * 8
+    command = [program, WORLD_COMPILED, "4"]
+    result = subprocess.run(command, input=text, capture_output=True, check=True, preexec_fn=limit)
+    assert np.array_equal(np.array(result.stdout.split(), int), world.encode_array(text))

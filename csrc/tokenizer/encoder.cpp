@@ -4,7 +4,6 @@
 #include <cstring>
 #include <iterator>
 #include <optional>
-#include <utility>
 
 namespace rwkv {
 namespace {
@@ -91,10 +90,18 @@ void Encoder::encode_pieces(Run& run, size_t last, IdBuffer& ids) const {
   }
 }
 
+size_t Encoder::find_boundary(std::string_view text, size_t start) const {
+  const uint8_t(&splits)[65536] = vocabulary_.boundary_tables().splits;
+  for (size_t end = std::max<size_t>(start, 1); end < text.size(); ++end) {
+    if (splits[static_cast<uint8_t>(text[end - 1]) | static_cast<uint8_t>(text[end]) << 8]) return end;
+  }
+  return text.size();
+}
+
 size_t Encoder::encode_certain(std::string_view text, IdBuffer& ids) const {
   static_assert(kMaxTokenBytes >= kReadAhead);
-  std::unique_ptr<SegmentMemo> memo = memos_.take();
-  Run run{reinterpret_cast<const uint8_t*>(text.data()), text.size(), 0, nullptr, *memo};
+  const Memo memo(*this);
+  Run run{reinterpret_cast<const uint8_t*>(text.data()), text.size(), 0, nullptr, *memo.memo_};
   // Where the longest token would fit, the text's end cuts off no match.
   encode_pieces(run, text.size() > kMaxTokenBytes ? text.size() - kMaxTokenBytes : 0, ids);
   run.out = ids.room(run.size - run.start + kSlack);
@@ -105,13 +112,11 @@ size_t Encoder::encode_certain(std::string_view text, IdBuffer& ids) const {
     run.start += match->length;
   }
   ids.set_end(run.out);
-  memos_.give_back(std::move(memo));
   return run.start;
 }
 
-void Encoder::encode(std::string_view text, IdBuffer& ids) const {
-  std::unique_ptr<SegmentMemo> memo = memos_.take();
-  Run run{reinterpret_cast<const uint8_t*>(text.data()), text.size(), 0, nullptr, *memo};
+void Encoder::encode(std::string_view text, IdBuffer& ids, const Memo& memo) const {
+  Run run{reinterpret_cast<const uint8_t*>(text.data()), text.size(), 0, nullptr, *memo.memo_};
   encode_pieces(run, text.size() > kReadAhead ? text.size() - kReadAhead : 0, ids);
 
   // The rest is copied to where bytes behind it may be read, if it is as short as it nearly always is.
@@ -123,12 +128,11 @@ void Encoder::encode(std::string_view text, IdBuffer& ids) const {
   } else if (rest > 0) {
     uint8_t copy[kLastBytes + kReadAhead] = {};
     std::memcpy(copy, run.text + run.start, rest);
-    Run last_run{copy, rest, 0, run.out, *memo};
+    Run last_run{copy, rest, 0, run.out, *memo.memo_};
     encode_segments(last_run, rest - 1);
     encode_segment(last_run, rest);
     ids.set_end(last_run.out);
   }
-  memos_.give_back(std::move(memo));
 }
 
 }  // namespace rwkv

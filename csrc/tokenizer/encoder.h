@@ -3,7 +3,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string_view>
+#include <utility>
 
 #include "tokenizer/boundaries.h"
 #include "tokenizer/id_buffer.h"
@@ -23,8 +25,26 @@ class Encoder {
 
   const Vocabulary& vocabulary() const { return vocabulary_; }
 
+  // What the texts of one thread share: lent by the encoder, given back at the end.
+  class Memo {
+   public:
+    explicit Memo(const Encoder& encoder) : encoder_(encoder), memo_(encoder.memos_.take()) {}
+    ~Memo() { encoder_.memos_.give_back(std::move(memo_)); }
+    Memo(const Memo&) = delete;
+    Memo& operator=(const Memo&) = delete;
+
+   private:
+    friend class Encoder;
+    const Encoder& encoder_;
+    std::unique_ptr<SegmentMemo> memo_;
+  };
+
   // Appends the ids of any bytes, UTF-8 or not. Never produces id 0.
-  void encode(std::string_view text, IdBuffer& ids) const;
+  void encode(std::string_view text, IdBuffer& ids) const { encode(text, ids, Memo(*this)); }
+  void encode(std::string_view text, IdBuffer& ids, const Memo& memo) const;
+
+  // The first position behind `start`, or the text's end, where a token must end, if one ends at the text's begin.
+  size_t find_boundary(std::string_view text, size_t start) const;
 
   // Appends the ids that every text starts with that starts with `text`; returns how many bytes they stand for.
   // Fewer than kMaxTokenBytes are left: the start of a token.
