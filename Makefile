@@ -2,6 +2,7 @@
 # make test   set everything up, build, run every test
 # make build  build what changed
 # make test-kernels   the CUDA kernels without a GPU, all of it: every instance, sanitizers, mutations, every architecture
+# make chaos          builds of shards killed at 50 random moments
 # make lint   ruff, the one-file-includes-torch rule, file lengths
 #
 # make test-gpu      on a GPU: primitives, every test of the ops, models, memory and race checks (says so without a GPU)
@@ -32,7 +33,7 @@ KERNELS := $(wildcard csrc/cuda/*.cu csrc/cuda/instances/*.cu)
 ARCH := sm_$(subst .,,$(firstword $(subst ;, ,$(subst +PTX,,$(TORCH_CUDA_ARCH_LIST)))))
 GPU_RUN := $(if $(BUILT),$(PYTHON),$(RUN))
 
-.PHONY: demo test test-gpu bench-gpu gpu-programs build lint clean prerequisites
+.PHONY: demo test chaos test-gpu bench-gpu gpu-programs build lint clean prerequisites
 
 demo: build
 	$(RUN) train/demo.py --out demo $(if $(DATA),--data "$(DATA)") $(if $(MINUTES),--minutes $(MINUTES))
@@ -63,6 +64,9 @@ build/gpu/device_primitives: tests/device_primitives/main.cu tests/device_primit
 
 test-kernels: build
 	$(RUN) -m pytest tests -m kernels
+
+chaos: build
+	$(RUN) -m pytest tests -m chaos
 
 # The kernels themselves were compiled with the extension.
 build/gpu/run: tests/emulator/run.cpp tests/device_kernels/on_device.h build

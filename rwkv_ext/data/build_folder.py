@@ -52,8 +52,9 @@ class BuildFolder:
 
     def write(self, record: dict) -> None:
         """Add a record; what it speaks of must be on the disk."""
-        self._journal.write(json.dumps(record).encode() + b"\n")
-        self._journal.flush()
+        line = json.dumps(record).encode() + b"\n"
+        while line:
+            line = line[self._journal.write(line) :]
         os.fsync(self._journal.fileno())
         sync_folder(self.path)
         self.record = record
@@ -91,7 +92,7 @@ class BuildFolder:
             end = path.stat().st_size
         elif len(records) > 1:
             self.record = records[-1]
-        self._journal = open(path, "r+b")
+        self._journal = open(path, "r+b", buffering=0)
         self._journal.truncate(end)  # of a record that was not written to its end
         self._journal.seek(end)
 

@@ -1,0 +1,232 @@
+"""A build that is killed anywhere leaves nothing or everything, and the same call completes it, byte for byte."""
+
+import gzip
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import pytest
+from crash import Step, run_until_killed
+from file_limits import largest_file
+
+from rwkv_ext.data import build as build_module
+from rwkv_ext.data import build_folder, document_store, pieces
+from rwkv_ext.data.binidx import shard_files
+from rwkv_ext.data.build import build
+
+TEXTS = [f"{number} " + "word é今\n" * (number % 9) for number in range(16)]
+LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Pieces of a few lines, and a record of the journal for each."""
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 400)
+    monkeypatch.setattr(build_module, "SECONDS_PER_RECORD", 0)
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # takes long, and a kill loses nothing that was written
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text(LINES)
+    (tmp_path / "in" / "b.jsonl.gz").write_bytes(gzip.compress(LINES.encode()))
+    for number in range(5):
+        (tmp_path / "in" / f"c{number}.txt").write_text(f"{number}" * 150)
+    return [tmp_path / "in"]
+
+
+def content(folder):
+    """Return {name: bytes} of all below, hidden folders included."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+MODES = {
+    "plain": {},
+}
+
+
+def run(inputs, folder, world, **options):
+    folder.mkdir(exist_ok=True)
+    return build(inputs, folder / "out", tokenizer=world, show_progress=False, **options)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_killed_at_every_step(tmp_path, world, small, inputs, mode, threads):
+    options = {**MODES[mode], "threads": threads}
+    whole = run(inputs, tmp_path / "whole", world, **options)
+    expected = content(tmp_path / "whole")
+
+    def interrupted(fatal):
+        step = Step(fatal)
+        for owner, name in (
+            *((os, name) for name in ("fsync", "replace", "unlink", "rmdir")),
+            (document_store.DocumentStore, "_write"),
+            (build_folder.BuildFolder, "write"),
+        ):
+            step.before(owner, name)
+        run(inputs, tmp_path / f"killed-{fatal}", world, **options)
+
+    # With two threads other steps meet other states of the pieces in flight; a few are enough.
+    fatal = 1
+    while not run_until_killed(interrupted, fatal):
+        folder = tmp_path / f"killed-{fatal}"
+        left = {name: data for name, data in content(folder).items() if not name.startswith(".")}
+        assert all(expected[name] == data for name, data in left.items()), fatal
+        assert not any(name.endswith(".idx") for name in left) or set(left) == set(expected)
+        try:
+            again = run(inputs, folder, world, **options)
+            assert {**vars(again), "seconds": 0} == {**vars(whole), "seconds": 0}, fatal
+        except FileExistsError:  # it was killed when nothing was left but to remove the journal
+            assert left == expected
+        assert content(folder) == expected, fatal
+        fatal += 1 if threads == 1 else 7
+    assert fatal > 20
+
+
+def test_killed_twice_and_more(tmp_path, world, small, inputs):
+    run(inputs, tmp_path / "whole", world)
+    runs = 0
+
+    def interrupted():
+        Step(4).before(document_store.DocumentStore, "_write")
+        run(inputs, tmp_path / "killed", world, threads=1)
+
+    while not run_until_killed(interrupted):
+        runs += 1
+    assert runs > 2 and content(tmp_path / "killed") == content(tmp_path / "whole")
+
+
+def kill(inputs, folder, world):
+    def interrupted():
+        Step(9).before(document_store.DocumentStore, "_write")
+        run(inputs, folder, world, threads=1)
+
+    assert not run_until_killed(interrupted)
+    assert (folder / ".out.building" / "journal").exists()
+
+
+def test_other_inputs_or_options_begin_anew(tmp_path, world, small, inputs, capsys):
+    kill(inputs, tmp_path / "killed", world)
+    out = tmp_path / "killed" / "out"
+    build(inputs, out, tokenizer=world, eod=False)
+    assert "held an unfinished build of other inputs or options; beginning anew" in capsys.readouterr().err
+    build(inputs, tmp_path / "expected", tokenizer=world, eod=False, show_progress=False)
+    assert out.with_suffix(".bin").read_bytes() == (tmp_path / "expected.bin").read_bytes()
+
+    kill(inputs, tmp_path / "again", world)
+    (tmp_path / "in" / "a.jsonl").write_text(LINES * 2)
+    out = tmp_path / "again" / "out"
+    build(inputs, out, tokenizer=world)
+    assert "beginning anew" in capsys.readouterr().err
+    build(inputs, tmp_path / "longer", tokenizer=world, show_progress=False)
+    assert out.with_suffix(".bin").read_bytes() == (tmp_path / "longer.bin").read_bytes()
+
+
+def test_what_is_gone_on_with_is_said(tmp_path, world, small, inputs, capsys):
+    kill(inputs, tmp_path / "killed", world)
+    build(inputs, tmp_path / "killed" / "out", tokenizer=world)
+    assert "going on after " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["torn record", "no header", "not JSON", "empty"])
+def test_damaged_journal(tmp_path, world, small, inputs, damage):
+    run(inputs, tmp_path / "whole", world)
+    kill(inputs, tmp_path / "killed", world)
+    journal = tmp_path / "killed" / ".out.building" / "journal"
+    data = journal.read_bytes()
+    damaged = {"torn record": data[:-5], "no header": data[20:], "not JSON": b"\0" * 99 + b"\n", "empty": b""}[damage]
+    journal.write_bytes(damaged)
+    run(inputs, tmp_path / "killed", world)
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+
+
+def test_data_shorter_than_the_journal_says(tmp_path, world, small, inputs):
+    kill(inputs, tmp_path / "killed", world)
+    path = tmp_path / "killed" / ".out.building" / "shard-00000.bin"
+    path.write_bytes(path.read_bytes()[:10])
+    with pytest.raises(ValueError, match="shard-00000.bin: must have .* bytes or more, has fewer; .* run it again"):
+        run(inputs, tmp_path / "killed", world)
+    run(inputs, tmp_path / "killed", world)
+
+
+def test_interrupted_and_full_disk_keep_what_is_finished(tmp_path, world, small, inputs):
+    run(inputs, tmp_path / "whole", world)
+    folder = tmp_path / "full"
+    message = "cannot write after .* documents and .* tokens: File too large; what is finished was kept: make room on"
+    with largest_file(1000), pytest.raises(OSError, match=message):
+        run(inputs, folder, world)
+    assert [path.name for path in folder.iterdir()] == [".out.building"]
+    run(inputs, folder, world)
+    assert content(folder) == content(tmp_path / "whole")
+
+
+def test_broken_input_leaves_nothing(tmp_path, world, small, inputs):
+    with (tmp_path / "in" / "a.jsonl").open("a") as file:
+        file.write("[]\n")
+    with pytest.raises(ValueError, match="a.jsonl: line 17, byte offset"):
+        run(inputs, tmp_path / "broken", world)
+    assert not content(tmp_path / "broken") and not list((tmp_path / "broken").iterdir())
+
+
+def test_two_builders_at_once(tmp_path, world, inputs):
+    with build_folder.BuildFolder(tmp_path / "out", "another"):
+        with pytest.raises(ValueError, match="out.bin: another process is building this shard; wait for it or choose"):
+            build(inputs, tmp_path / "out", tokenizer=world)
+    build(inputs, tmp_path / "out", tokenizer=world)
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "out.bin", "out.idx"}
+
+
+def test_many_builders_at_once(tmp_path, world, small, inputs):
+    run(inputs, tmp_path / "whole", world)
+    processes = [
+        multiprocessing.get_context("fork").Process(target=compete, args=(inputs, tmp_path / "shared", world))
+        for _ in range(6)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert content(tmp_path / "shared") == content(tmp_path / "whole")
+
+
+def compete(inputs, folder, world):
+    for _ in range(10):
+        try:
+            run(inputs, folder, world, overwrite=True)
+        except ValueError as error:
+            assert "another process is building" in str(error)
+
+
+@pytest.mark.chaos
+def test_killed_at_fifty_random_moments(tmp_path, world, monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1 << 18)
+    monkeypatch.setattr(build_module, "SECONDS_PER_RECORD", 0.02)
+    (tmp_path / "a.jsonl").write_text(LINES * 8000)
+    inputs = [tmp_path / "a.jsonl"]
+    for mode, options in MODES.items():
+        began = time.monotonic()
+        run(inputs, tmp_path / f"whole-{mode}", world, **options)
+        seconds = time.monotonic() - began
+        expected, kills, folder = content(tmp_path / f"whole-{mode}"), 0, tmp_path / f"killed-{mode}"
+        while kills < 50:
+            child = multiprocessing.get_context("fork").Process(
+                target=run, args=(inputs, folder, world), kwargs=options
+            )
+            child.start()
+            child.join(random.uniform(0, seconds))
+            if child.is_alive():
+                os.kill(child.pid, signal.SIGKILL)
+                child.join()
+                kills += 1
+            left = {name: data for name, data in content(folder).items() if not name.startswith(".")}
+            assert all(expected[name] == data for name, data in left.items())
+            if child.exitcode == 0:
+                assert left == expected
+                for path in shard_files(folder / "out"):
+                    path.unlink(missing_ok=True)
