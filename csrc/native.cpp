@@ -33,14 +33,14 @@ int64_t read_id(const Tokenizer& tokenizer, py::handle item, size_t index) {
   return id;
 }
 
-namespace {
-
 std::string_view utf8_of(py::handle text) {
   py::ssize_t size = 0;
   const char* bytes = PyUnicode_AsUTF8AndSize(text.ptr(), &size);
-  if (!bytes) throw py::error_already_set();  // a lone surrogate
+  if (!bytes) throw py::error_already_set();
   return {bytes, static_cast<size_t>(size)};
 }
+
+namespace {
 
 // Texts that are str or have contiguous bytes, kept as they are while others encode them.
 class Texts {
@@ -240,5 +240,6 @@ PYBIND11_MODULE(_native, module) {
       py::arg("text"), py::arg("name"), py::arg("sha256"), "The bytes of a file for Tokenizer.map().");
 
   bind_lines(module);
+  bind_special(module);
   bind_stream(module);
 }

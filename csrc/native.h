@@ -53,5 +53,9 @@ int64_t read_id(const Tokenizer& tokenizer, py::handle item, size_t index);
 // Hands the ids over without a copy.
 py::array_t<uint16_t> to_array(rwkv::IdBuffer ids);
 
+// The UTF-8 of a str, which keeps it alive; UnicodeEncodeError for a lone surrogate.
+std::string_view utf8_of(py::handle text);
+
 void bind_lines(py::module_& module);
+void bind_special(py::module_& module);
 void bind_stream(py::module_& module);

@@ -45,16 +45,16 @@ struct DecoderStream {
   }
 };
 
-// The UTF-8 of a str, which keeps it alive; UnicodeEncodeError for half a surrogate pair.
-std::string_view utf8_of(const py::object& text) {
-  py::ssize_t size = 0;
-  if (const char* bytes = PyUnicode_AsUTF8AndSize(text.ptr(), &size)) return {bytes, static_cast<size_t>(size)};
-  py::error_already_set error;
-  if (error.matches(PyExc_UnicodeEncodeError)) {
-    const std::string reason = py::str(error.value().attr("reason"));
-    error.value().attr("reason") = reason + "; join the halves of a pair before push(), or push bytes";
+std::string_view chunk_of(const py::object& text) {
+  try {
+    return utf8_of(text);
+  } catch (py::error_already_set& error) {
+    if (error.matches(PyExc_UnicodeEncodeError)) {
+      const std::string reason = py::str(error.value().attr("reason"));
+      error.value().attr("reason") = reason + "; join the halves of a pair before push(), or push bytes";
+    }
+    throw;
   }
-  throw error;
 }
 
 struct EncoderStream {
@@ -85,7 +85,7 @@ struct EncoderStream {
     const auto add = [&](std::string_view chunk) {
       return run("push", [&](rwkv::IdBuffer& ids) { encoder.push(chunk, ids); });
     };
-    if (PyUnicode_Check(data.ptr())) return add(utf8_of(data));
+    if (PyUnicode_Check(data.ptr())) return add(chunk_of(data));
     return add(BytesView(data, "push: data must be a str or contiguous bytes", "").view());
   }
 

@@ -1,8 +1,8 @@
 """The RWKV World tokenizer: greedy longest match over bytes with the 65,529 tokens of rwkv_vocab_v20230424.
 
-No normalisation, no special tokens in text: `<|endoftext|>` is seven ordinary tokens. Id 0 separates
-documents; encoding never produces it and it decodes to nothing. Ids 65530 to 65535 have a row in the models
-but no token.
+No normalisation, no special tokens in text: `<|endoftext|>` is seven ordinary tokens unless a call allows it. Id 0
+separates documents; encoding never produces it by itself and it decodes to nothing. Ids 65530 to 65535 have a row in
+the models but no token.
 """
 
 import itertools
@@ -10,7 +10,7 @@ import mmap
 import operator
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -66,20 +66,46 @@ class WorldTokenizer:
     def __reduce__(self):
         return WorldTokenizer, (self.vocabulary,)
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`. UnicodeEncodeError for a lone surrogate, which no UTF-8 text can hold."""
+    def encode(self, text: str, allowed_special: Mapping[str, int] | None = None) -> list[int]:
+        """Return the ids of `text`. UnicodeEncodeError for a lone surrogate, which no UTF-8 text can hold.
+
+        Nothing in a text is special unless `allowed_special` says so, since whoever writes the text could end the
+        document: with {"<|endoftext|>": 0} that text becomes id 0. From left to right the next special text, of those
+        that start at the same place the longest, becomes its id (0 to 65535); what lies between is encoded by itself,
+        so no token crosses the border. TypeError, ValueError for what is no such mapping. encode_bytes() and
+        encode_array() take it too, and find the UTF-8 of the special texts; batches, files and streams are always
+        ordinary text.
+
+        Example:
+            >>> WorldTokenizer().encode("Today<|endoftext|> is", allowed_special={"<|endoftext|>": 0})
+            [33520, 0, 4600]
+        """
+        if allowed_special and isinstance(text, str):
+            return self._encode_special("encode", text, allowed_special).tolist()
         return self._explained(self._native.encode, text)
 
-    def encode_bytes(self, data: bytes) -> list[int]:
-        """Return the ids of any contiguous bytes, UTF-8 or not."""
+    def encode_bytes(self, data: bytes, allowed_special: Mapping[str, int] | None = None) -> list[int]:
+        """Return the ids of any contiguous bytes, UTF-8 or not. `allowed_special` as in encode()."""
+        if allowed_special and not isinstance(data, str):
+            return self._encode_special("encode_bytes", data, allowed_special).tolist()
         return self._native.encode_bytes(data)
 
-    def encode_array(self, text: str | bytes, threads: int | None = 1, dtype=np.uint16) -> np.ndarray:
+    def encode_array(
+        self,
+        text: str | bytes,
+        threads: int | None = 1,
+        dtype=np.uint16,
+        allowed_special: Mapping[str, int] | None = None,
+    ) -> np.ndarray:
         """Return the ids of a str or of any contiguous bytes as a new array, without a Python object per token.
 
         Bytes may be a memoryview, an mmap, a uint8 array; uint16 or uint32 ids. A long text is cut where a token must
         end, so that several threads encode it; the ids are the same for any number of them. None: all CPUs there are.
+        `allowed_special` as in encode(); with it one thread encodes.
         """
+        if allowed_special:
+            _options("encode_array", threads, dtype)
+            return self._encode_special("encode_array", text, allowed_special).astype(dtype, copy=False)
         return self._explained(self._native.encode_array, text, *_options("encode_array", threads, dtype))
 
     def encode_file(self, path: str | os.PathLike, threads: int | None = None, dtype=np.uint16) -> np.ndarray:
@@ -128,6 +154,9 @@ class WorldTokenizer:
         _check_errors("decode", errors)
         return self._native.decode_bytes(ids).decode("utf-8", errors)
 
+    def _encode_special(self, where: str, text: str | bytes, allowed_special: Mapping[str, int]) -> np.ndarray:
+        return self._explained(native().encode_special, self._native, text, _special_bytes(where, allowed_special))
+
     @staticmethod
     def _explained(encode, *arguments):
         try:
@@ -168,3 +197,19 @@ class WorldTokenizer:
 def _check_errors(where: str, errors: str) -> None:
     if errors not in ("strict", "replace", "ignore"):
         raise ValueError(f"{where}: errors must be 'strict', 'replace' or 'ignore', got {errors!r}")
+
+
+def _special_bytes(where: str, allowed_special: Mapping[str, int]) -> list[tuple[bytes, int]]:
+    """The special texts as UTF-8, each with its id."""
+    if not isinstance(allowed_special, Mapping):
+        need = "allowed_special must map texts to ids, such as {'<|endoftext|>': 0}"
+        raise TypeError(f"{where}: {need}, got {type(allowed_special).__name__}")
+    pairs = []
+    for text, id in allowed_special.items():
+        if not isinstance(text, str) or isinstance(id, bool) or not hasattr(id, "__index__"):
+            raise TypeError(f"{where}: allowed_special must map str to int, got {text!r}: {id!r}")
+        if not text or not 0 <= id <= 65535:
+            need = "allowed_special must map texts that are not empty to ids 0 to 65535"
+            raise ValueError(f"{where}: {need}, got {text!r}: {id!r}")
+        pairs.append((text.encode(), operator.index(id)))
+    return pairs
