@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import resource
 import struct
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,7 +16,7 @@ from test_shards import write_int32
 from rwkv_ext.data.binidx import HEADER, MAGIC, BinidxReader, BinidxWriter, shard_files
 from rwkv_ext.data.sampler import Sampler, magic_prime
 from rwkv_ext.data.shards import merge, split_evenly
-from rwkv_ext.data.token_stream import TokenStream, find_shards
+from rwkv_ext.data.token_stream import TokenStream, find_shards, open_maps, read_windows
 
 
 def write(prefix, *documents):
@@ -130,8 +131,11 @@ def test_reads_outside_the_stream(tmp_path):
     with pytest.raises(ValueError, match="read: count must be 0 or more, got -1"):
         stream.read(2, -1)
     assert stream.read(3, 0).tolist() == []
-    with pytest.raises(TypeError, match="read_into: out must hold every uint16, got int16; use int64"):
-        stream.read_into(0, np.zeros(2, np.int16))
+    for read in (lambda: stream.read_into(0, np.zeros(2, np.int16)), lambda: read_windows([(stream, 0)], 2, np.int16)):
+        with pytest.raises(
+            TypeError, match="the type of what is read must hold every uint16, got .*int16.*; use int64"
+        ):
+            read()
     with pytest.raises(TypeError, match="float"):
         stream.read(0.0, 1)
 
@@ -223,6 +227,19 @@ def test_positions_of_64_bits(tmp_path):
     assert 77 in sampler.sample(index)
 
 
+def test_windows_of_several_streams(pieces):
+    folder, whole = pieces
+    one, other = TokenStream(folder, max_maps=1), TokenStream(find_shards(folder)[3:])
+    places = [(one, 290), (other, 2490), (one, 0), (other, 0)]
+    offset = len(whole) - other.n_tokens
+    for dtype in (np.int64, np.uint16):
+        found = read_windows(places, 130, dtype)
+        assert found.dtype == dtype
+        starts = [290, offset + 2490, 0, offset]
+        np.testing.assert_array_equal(found, [whole[start : start + 130] for start in starts])
+    assert read_windows([], 130).shape == (0, 130)
+
+
 def test_maps_are_few(pieces):
     folder, whole = pieces
     stream = TokenStream(folder, max_maps=3)
@@ -237,6 +254,17 @@ def test_maps_are_few(pieces):
         assert 1 <= mapped() <= 3
     del stream
     assert mapped() == 0
+
+
+def test_maps_follow_the_limit_of_open_files(pieces):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        for files, expected in ((256, 64), (1000, 250), (3, 1)):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (files, limits[1]))
+            assert open_maps() == expected
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert 1 <= TokenStream(pieces[0]).max_maps <= 16384
 
 
 def test_threads_share_a_stream(pieces):

@@ -27,11 +27,11 @@ def watch(data, monkeypatch, before=lambda indices: None):
     """Return the list of what the thread reads: the first sample of each step, after before(indices) let it pass."""
     steps, original = [], data.sampler.batch
 
-    def batch(indices):
+    def batch(indices, dtype):
         assert threading.current_thread().name.startswith("batches")
         before(indices)
         steps.append(indices[0])
-        return original(indices)
+        return original(indices, dtype)
 
     monkeypatch.setattr(data.sampler, "batch", batch)
     return steps

@@ -14,8 +14,8 @@ from time import monotonic
 import numpy as np
 import torch
 
-from rwkv_ext.data.sampler import Sampler, read_windows
-from rwkv_ext.data.token_stream import OPEN_MAPS, TokenStream
+from rwkv_ext.data.sampler import Sampler
+from rwkv_ext.data.token_stream import TokenStream, open_maps, read_windows
 from rwkv_ext.data.weighted_sampler import WeightedSampler
 from train.config import Config
 from train.distributed import Ranks
@@ -108,7 +108,7 @@ class TrainingData:
         """Read the whole step at once, so that the disk is asked for all of it before anything is waited for."""
         config, ranks, micro = self._config, self._ranks, self._config.train.micro_batch
         firsts = [next_sample + (index * ranks.size + ranks.rank) * micro for index in range(self._accumulation)]
-        windows = self.sampler.batch([first + row for first in firsts for row in range(micro)])
+        windows = self.sampler.batch([first + row for first in firsts for row in range(micro)], self.sampler.dtype)
         batches = []
         for first, rows in zip(firsts, windows.reshape(len(firsts), micro, -1), strict=True):
             check_vocabulary(rows, config.model.vocab_size, f"samples {first + 1}-{first + micro}")
@@ -140,7 +140,7 @@ def make_sampler(config: Config) -> Sampler | WeightedSampler:
     entries = table.train if table.weights else [table.train]
     samplers = []
     for entry in entries:
-        stream = TokenStream(entry, max(1, OPEN_MAPS // len(entries)))
+        stream = TokenStream(entry, max(1, open_maps() // len(entries)))
         check_shards(stream, config.model.vocab_size)
         try:
             samplers.append(Sampler(stream, table.ctx_len, table.prime))
@@ -175,6 +175,6 @@ class HeldOut:
             start = first + ranks.rank * micro
             chosen = self._starts[start : start + micro]
             places = [(self._stream, at) for at in chosen or self._starts[:1]]
-            windows = read_windows(places, self._config.data.ctx_len + 1)
+            windows = read_windows(places, self._config.data.ctx_len + 1, self._stream.dtype)
             check_vocabulary(windows, self._config.model.vocab_size, "the validation shards")
             yield make_batch(windows, self._config.data.mode, ranks.device).to(ranks.device), bool(chosen)

@@ -15,11 +15,10 @@ q - 1. So later passes see new pieces, and the slots that p leaves over have the
 import hashlib
 import math
 import operator
-from collections.abc import Sequence
 
 import numpy as np
 
-from rwkv_ext.data.token_stream import TokenStream
+from rwkv_ext.data.token_stream import TokenStream, read_windows
 
 GOLDEN = 0x9E3779B97F4A7C15  # the golden ratio's fraction, times 2**64: its multiples spread evenly
 
@@ -68,13 +67,13 @@ class Sampler:
         ctx_len: tokens a sample predicts; a sample has one more.
         prime: the `magic_prime` of an older run; None computes the largest that fits.
 
-    Attributes: stream, ctx_len, n_tokens, n_slots; prime, samples_per_pass (equal to it).
+    Attributes: stream, ctx_len, n_tokens, n_slots, dtype (of the stream); prime, samples_per_pass (equal to it).
     """
 
     def __init__(self, data, ctx_len: int, prime: int | None = None):
         self.stream = data if isinstance(data, TokenStream) else TokenStream(data)
         self.ctx_len = _check_ctx_len(ctx_len)
-        self.n_tokens = self.stream.n_tokens
+        self.n_tokens, self.dtype = self.stream.n_tokens, self.stream.dtype
         self.n_slots = max(0, self.n_tokens - 1) // self.ctx_len
         if prime is None:
             prime = magic_prime(self.n_tokens, ctx_len)
@@ -84,9 +83,9 @@ class Sampler:
         """Return sample number index + 1, for any index >= 0: int64 [ctx_len + 1], inputs and targets."""
         return self.batch([index])[0]
 
-    def batch(self, indices) -> np.ndarray:
-        """Return several samples: int64 [n, ctx_len + 1]."""
-        return read_windows([(self.stream, self.locate(index)) for index in indices], self.ctx_len + 1)
+    def batch(self, indices, dtype=np.int64) -> np.ndarray:
+        """Return several samples: [n, ctx_len + 1] of int64, or of another type that holds the data's."""
+        return read_windows([(self.stream, self.locate(index)) for index in indices], self.ctx_len + 1, dtype)
 
     def locate(self, index: int) -> int:
         """Return the stream's position of the first token of sample number index + 1."""
@@ -113,16 +112,6 @@ class Sampler:
             advice = "is it the prime of another data set or ctx_len?"
             raise ValueError(f"Sampler: prime must be at most {most}, got {prime}; {advice}")
         return prime
-
-
-def read_windows(places: Sequence[tuple[TokenStream, int]], width: int) -> np.ndarray:
-    """Return `width` tokens from each (stream, start): int64 [n, width]. The disk fetches them all at the same time."""
-    for stream, start in places:
-        stream.will_read(start, width)
-    out = np.empty((len(places), width), dtype=np.int64)
-    for row, (stream, start) in zip(out, places, strict=True):
-        stream.read_into(start, row)
-    return out
 
 
 def pass_shift(number: int, ctx_len: int) -> int:

@@ -10,6 +10,7 @@ import hashlib
 import mmap
 import operator
 import os
+import resource
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import numpy as np
 
 from rwkv_ext.data.binidx import BinidxReader, shard_files
 
-OPEN_MAPS = 256  # a process may usually open 1024 files
+MOST_MAPS = 16384  # a process may have 65,530 maps
 FINGERPRINT_BLOCK = 2048  # tokens
 FINGERPRINT_BLOCKS = (256, 4096)  # at least, at most; between them one for each 2**28 tokens
 
@@ -68,13 +69,15 @@ class TokenStream:
     Args:
         shards: a shard's name, a folder, a BinidxReader, or a sequence of them; their order matters. Every shard is
             opened once and checked as BinidxReader does, which raises FileNotFoundError or ValueError.
-        max_maps: how many shards are mapped at the same time at most.
+        max_maps: how many shards are mapped at the same time at most; None takes `open_maps()`.
 
     Attributes: shards (a list of Shard); n_tokens, n_documents; dtype, of the shards, or where they differ the
     smallest integer type that holds them all.
     """
 
-    def __init__(self, shards, max_maps: int = OPEN_MAPS):
+    def __init__(self, shards, max_maps: int | None = None):
+        if max_maps is None:
+            max_maps = open_maps()
         if max_maps < 1:
             raise ValueError(f"max_maps must be at least 1, got {max_maps}")
         self.shards: list[Shard] = []
@@ -100,19 +103,13 @@ class TokenStream:
         They are copied once, from the map to their place. ValueError outside the stream; TypeError for a type that
         is too small.
         """
-        start = operator.index(start)
-        if not np.can_cast(self.dtype, out.dtype):
-            raise TypeError(f"read_into: out must hold every {self.dtype}, got {out.dtype}; use int64")
-        for shard, begin, end, at in self._pieces(start, len(out)):
-            out[at : at + end - begin] = self._tokens(shard)[begin:end]
+        self._check_type(out.dtype)
+        self._copy(self._pieces(start, len(out)), out)
         return out
 
     def will_read(self, start: int, count: int) -> None:
         """Ask the system to fetch these tokens from the disk; return at once. ValueError outside the stream."""
-        for shard, begin, end, _ in self._pieces(operator.index(start), count):
-            item = self.shards[shard].dtype.itemsize
-            first = begin * item // mmap.PAGESIZE * mmap.PAGESIZE
-            self._maps(shard)[0].madvise(mmap.MADV_WILLNEED, first, end * item - first)
+        self._fetch(self._pieces(start, count))
 
     def fingerprint(self) -> str:
         """Return a SHA-256 of the number of tokens and of blocks spread over all of them.
@@ -149,21 +146,57 @@ class TokenStream:
         self._ends = [shard.first + shard.n_tokens for shard in self.shards]
         self._maps = lru_cache(self.max_maps)(partial(_open, self.shards))  # safe for threads and forks by itself
 
-    def _tokens(self, shard: int) -> np.ndarray:
-        return self._maps(shard)[1]
+    def _check_type(self, dtype: np.dtype) -> None:
+        if not np.can_cast(self.dtype, dtype):
+            raise TypeError(f"the type of what is read must hold every {self.dtype}, got {dtype}; use int64")
 
-    def _pieces(self, start: int, count: int):
-        """Yield (shard, first and end in its tokens, place in what is read) for each shard that a range touches."""
-        end = start + count
+    def _pieces(self, start: int, count: int) -> list[tuple[int, int, int]]:
+        """Return (shard, first and end in its tokens) of each shard that a range has tokens of, in order."""
+        start, end = operator.index(start), operator.index(start) + count
         if not 0 <= start <= end <= self.n_tokens:
             raise ValueError(f"tokens must lie within 0 .. {self.n_tokens} of the stream, got {start} .. {end}")
-        index, at = bisect.bisect_right(self._ends, start), start
-        while at < end:
-            shard = self.shards[index]
-            stop = min(end, shard.first + shard.n_tokens)
-            if stop > at:
-                yield index, at - shard.first, stop - shard.first, at - start
-            at, index = stop, index + 1
+        pieces = []
+        index = bisect.bisect_right(self._ends, start)
+        while start < end:
+            first, stop = self.shards[index].first, min(end, self._ends[index])
+            if start < stop:
+                pieces.append((index, start - first, stop - first))
+            start, index = stop, index + 1
+        return pieces
+
+    def _fetch(self, pieces: list[tuple[int, int, int]]) -> None:
+        for shard, begin, end in pieces:
+            mapped, tokens = self._maps(shard)
+            first = begin * tokens.itemsize // mmap.PAGESIZE * mmap.PAGESIZE
+            mapped.madvise(mmap.MADV_WILLNEED, first, end * tokens.itemsize - first)
+
+    def _copy(self, pieces: list[tuple[int, int, int]], out: np.ndarray) -> None:
+        at = 0
+        for shard, begin, end in pieces:
+            out[at : at + end - begin] = self._maps(shard)[1][begin:end]
+            at += end - begin
+
+
+def read_windows(places: Sequence[tuple[TokenStream, int]], width: int, dtype=np.int64) -> np.ndarray:
+    """Return `width` tokens from each (stream, start): [n, width]. The disk is asked for all before one is read.
+
+    ValueError outside a stream; TypeError for a dtype that does not hold a stream's.
+    """
+    for stream in {id(stream): stream for stream, _ in places}.values():
+        stream._check_type(dtype)
+    pieces = [stream._pieces(start, width) for stream, start in places]
+    for (stream, _), parts in zip(places, pieces, strict=True):
+        stream._fetch(parts)
+    out = np.empty((len(places), width), dtype)
+    for (stream, _), parts, row in zip(places, pieces, out, strict=True):
+        stream._copy(parts, row)
+    return out
+
+
+def open_maps() -> int:
+    """Return how many shards may stay mapped: a quarter of the files that this process may open (usually 1024)."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MOST_MAPS if files == resource.RLIM_INFINITY else min(max(1, files // 4), MOST_MAPS)
 
 
 def _open(shards: Sequence[Shard], index: int) -> tuple[mmap.mmap, np.ndarray]:

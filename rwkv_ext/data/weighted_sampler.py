@@ -17,7 +17,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from rwkv_ext.data.sampler import Sampler, read_windows
+from rwkv_ext.data.sampler import Sampler
+from rwkv_ext.data.token_stream import read_windows
 
 PERIOD = 1 << 16  # entries of a schedule at most
 
@@ -75,8 +76,8 @@ class WeightedSampler:
         weights: how often each gives a sample, relative to the others; `samples_per_period` says how they are rounded
             and what is refused.
 
-    Attributes: samplers, ctx_len; n_tokens of all sources together; of each source prime, shares (of the samples) and
-    counts (samples in a period); period.
+    Attributes: samplers, ctx_len; n_tokens and dtype of all sources together; of each source prime, shares (of the
+    samples) and counts (samples in a period); period.
     """
 
     def __init__(self, samplers: Sequence[Sampler], weights: Sequence[float]):
@@ -89,6 +90,7 @@ class WeightedSampler:
             raise ValueError(f"samplers must have the same ctx_len, got {sorted(lengths)}")
         self.ctx_len = lengths.pop()
         self.n_tokens = sum(sampler.n_tokens for sampler in self.samplers)
+        self.dtype = np.result_type(*(sampler.dtype for sampler in self.samplers))
         self.counts = samples_per_period(weights)
         self.period = sum(self.counts)
         self.shares = [count / self.period for count in self.counts]
@@ -111,9 +113,9 @@ class WeightedSampler:
         """Return sample number index + 1, for any index >= 0: int64 [ctx_len + 1], inputs and targets."""
         return self.batch([index])[0]
 
-    def batch(self, indices) -> np.ndarray:
-        """Return several samples: int64 [n, ctx_len + 1]."""
-        return read_windows(list(map(self._place, indices)), self.ctx_len + 1)
+    def batch(self, indices, dtype=np.int64) -> np.ndarray:
+        """Return several samples: [n, ctx_len + 1] of int64, or of another type that holds the data's."""
+        return read_windows(list(map(self._place, indices)), self.ctx_len + 1, dtype)
 
     def fingerprint(self) -> str:
         """Return a SHA-256 that names the tokens and the order: equal fingerprints give equal samples."""
