@@ -21,13 +21,17 @@ py::array_t<uint16_t> to_array(rwkv::IdBuffer ids) {
 }
 
 int64_t read_id(const Tokenizer& tokenizer, py::handle item, size_t index) {
+  int overflow = 0;
+  if (PyLong_CheckExact(item.ptr())) {
+    const long long id = PyLong_AsLongLongAndOverflow(item.ptr(), &overflow);
+    if (overflow == 0) return id;
+  }
   const auto number = py::reinterpret_steal<py::object>(PyNumber_Index(item.ptr()));
   if (!number) {
     PyErr_Clear();
     throw py::type_error("decode: ids[" + std::to_string(index) + "] must be an integer, got " +
                          type_name(item));
   }
-  int overflow = 0;
   const long long id = PyLong_AsLongLongAndOverflow(number.ptr(), &overflow);
   if (overflow != 0) rwkv::throw_bad_id(tokenizer.vocabulary, index, py::str(number));
   return id;
@@ -150,6 +154,7 @@ py::bytes decode_array(const Tokenizer& tokenizer, const py::array& array) {
 py::bytes decode_sequence(const Tokenizer& tokenizer, const py::object& ids) {
   std::vector<int64_t> numbers;
   if (PyList_CheckExact(ids.ptr()) || PyTuple_CheckExact(ids.ptr())) {
+    numbers.reserve(static_cast<size_t>(PySequence_Fast_GET_SIZE(ids.ptr())));
     // Its size is asked for each time: an item's __index__ may change the list.
     for (py::ssize_t i = 0; i < PySequence_Fast_GET_SIZE(ids.ptr()); ++i) {
       const auto item = py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(ids.ptr(), i));

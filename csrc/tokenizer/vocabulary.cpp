@@ -20,7 +20,7 @@ namespace {
 
 constexpr char kMagic[8] = {'R', 'W', 'K', 'V', 'v', 'o', 'c', '\n'};
 constexpr uint32_t kByteOrder = 0x01020304;
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kVersion = 2;
 
 struct Header {
   char magic[8];
@@ -40,7 +40,7 @@ constexpr size_t kChecked = offsetof(Header, size);  // where the bytes begin th
 
 // Where the tables lie, each at the start of a cache line.
 struct Layout {
-  size_t boundary_tables, slots, lengths, offsets, cells, token_bytes, size;
+  size_t boundary_tables, prefixes, lengths, offsets, cells, token_bytes, size;
 
   explicit Layout(const Header& header) {
     size_t end = sizeof(Header);
@@ -50,7 +50,7 @@ struct Layout {
       return begin;
     };
     boundary_tables = add(sizeof(BoundaryTables));
-    slots = add(kVocabSize * sizeof(TokenSlot));
+    prefixes = add(kVocabSize * sizeof(TokenPrefix));
     lengths = add(kVocabSize);
     offsets = add((kVocabSize + 1) * sizeof(uint32_t));
     cells = add(header.cells * sizeof(MatchCell));
@@ -149,7 +149,6 @@ class ImageFile {
     const Layout layout(header);
     const auto* cells = reinterpret_cast<const MatchCell*>(image + layout.cells);
     const auto* offsets = reinterpret_cast<const uint32_t*>(image + layout.offsets);
-    const auto* slots = reinterpret_cast<const TokenSlot*>(image + layout.slots);
     const uint8_t* lengths = image + layout.lengths;
     check(header.cells >= kByteCells + 256 && header.cells % 256 == 0,
           "must have a multiple of 256 cells, got " + std::to_string(header.cells));
@@ -159,8 +158,7 @@ class ImageFile {
                                        std::to_string(furthest));
     bool is_whole = offsets[0] == 0 && offsets[kVocabSize] == header.token_bytes && header.last_id < kVocabSize;
     for (size_t id = 0; id < kVocabSize; ++id) {
-      is_whole &= offsets[id] <= offsets[id + 1] && offsets[id + 1] - offsets[id] == lengths[id] &&
-                  lengths[id] == slots[id].length;
+      is_whole &= offsets[id] <= offsets[id + 1] && offsets[id + 1] - offsets[id] == lengths[id];
     }
     for (uint32_t pair = 0; pair < kByteCells; ++pair) is_whole &= cells[pair].label - 1u < 2;
     check(is_whole, "must have tables that agree with each other, got others");
@@ -182,7 +180,7 @@ Vocabulary::Vocabulary(std::shared_ptr<const uint8_t> image) : image_(std::move(
   const uint8_t* begin = image_.get();
   const Layout layout(header_of(begin));
   boundary_tables_ = reinterpret_cast<const BoundaryTables*>(begin + layout.boundary_tables);
-  slots_ = reinterpret_cast<const TokenSlot*>(begin + layout.slots);
+  prefixes_ = reinterpret_cast<const TokenPrefix*>(begin + layout.prefixes);
   lengths_ = begin + layout.lengths;
   offsets_ = reinterpret_cast<const uint32_t*>(begin + layout.offsets);
   cells_ = reinterpret_cast<const MatchCell*>(begin + layout.cells);
@@ -193,15 +191,15 @@ Vocabulary Vocabulary::parse(std::string_view text, const std::string& name, con
   const TokenList tokens = TokenList::parse(text, name);
   const std::vector<MatchCell> cells = build_match_table(tokens);
   std::vector<uint32_t> offsets(1, 0);
-  std::vector<TokenSlot> slots(kVocabSize);
+  std::vector<char> prefixes(kVocabSize * sizeof(TokenPrefix));
   std::vector<uint8_t> lengths(kVocabSize);
   std::string bytes;
   for (size_t id = 0; id < kVocabSize; ++id) {
     const std::string_view token = tokens.token(id);
     bytes += token;
     offsets.push_back(static_cast<uint32_t>(bytes.size()));
-    token.copy(slots[id].bytes, TokenSlot::kMaxBytes);
-    slots[id].length = lengths[id] = static_cast<uint8_t>(token.size());
+    token.copy(&prefixes[id * sizeof(TokenPrefix)], sizeof(TokenPrefix));
+    lengths[id] = static_cast<uint8_t>(token.size());
   }
 
   Header header{};
@@ -222,7 +220,7 @@ Vocabulary Vocabulary::parse(std::string_view text, const std::string& name, con
   std::memset(image, 0, layout.size);  // so that the same text always gives the same bytes
   put(image, 0, &header, 1);
   build_boundaries(tokens, *reinterpret_cast<BoundaryTables*>(image + layout.boundary_tables));
-  put(image, layout.slots, slots.data(), slots.size());
+  put(image, layout.prefixes, prefixes.data(), prefixes.size());
   put(image, layout.lengths, lengths.data(), lengths.size());
   put(image, layout.offsets, offsets.data(), offsets.size());
   put(image, layout.cells, cells.data(), cells.size());

@@ -16,13 +16,8 @@ namespace rwkv {
 
 using Sha256 = std::array<uint8_t, 32>;
 
-// What decoding needs of nearly every token, in one load.
-struct TokenSlot {
-  static constexpr size_t kMaxBytes = 15;
-  char bytes[kMaxBytes];  // the token's first bytes, zeros behind them
-  uint8_t length;         // of the whole token; 0 if the id has none
-};
-static_assert(sizeof(TokenSlot) == 16);
+// The first bytes of a token, zeros behind them.
+using TokenPrefix = char[16];
 
 // Immutable. Copies share the memory, which the last of them frees or unmaps.
 class Vocabulary {
@@ -44,8 +39,8 @@ class Vocabulary {
 
   const MatchCell* cells() const { return cells_; }
   const BoundaryTables& boundary_tables() const { return *boundary_tables_; }
-  const TokenSlot* slots() const { return slots_; }      // [kVocabSize]
-  const uint8_t* lengths() const { return lengths_; }    // [kVocabSize]; 0 for ids without a token
+  const TokenPrefix* prefixes() const { return prefixes_; }  // [kVocabSize]
+  const uint8_t* lengths() const { return lengths_; }        // [kVocabSize]; 0 for ids without a token
 
   // The size and the digest of the text that the tables were made from.
   uint64_t source_size() const;
@@ -58,7 +53,7 @@ class Vocabulary {
 
   std::shared_ptr<const uint8_t> image_;
   const BoundaryTables* boundary_tables_;
-  const TokenSlot* slots_;
+  const TokenPrefix* prefixes_;
   const uint8_t* lengths_;
   const uint32_t* offsets_;  // [kVocabSize + 1] of each token in token_bytes_
   const MatchCell* cells_;
