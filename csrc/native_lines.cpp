@@ -49,7 +49,7 @@ void bind_lines(py::module_& module) {
         rwkv::DocumentBatch batch;
         {
           const py::gil_scoped_release unlock;
-          batch = rwkv::encode_lines(tokenizer.vocabulary, tokenizer.encoder, lines.view(), position, key,
+          batch = rwkv::encode_lines(tokenizer.encoder, lines.view(), position, key,
                                      {eod, drop_blank, use_vectors});
         }
         return to_tuple(std::move(batch));
@@ -65,7 +65,7 @@ void bind_lines(py::module_& module) {
         rwkv::DocumentBatch batch;
         {
           const py::gil_scoped_release unlock;
-          batch = rwkv::encode_texts(tokenizer.vocabulary, tokenizer.encoder, texts.view(), offsets.data(), first,
+          batch = rwkv::encode_texts(tokenizer.encoder, texts.view(), offsets.data(), first,
                                      static_cast<size_t>(offsets.size()) - 1, {eod, drop_blank, use_vectors});
         }
         return to_tuple(std::move(batch));

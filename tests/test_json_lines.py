@@ -143,6 +143,27 @@ def test_every_truncation_of_utf8(world):
                 assert accepted(world, line) == expected(line)
 
 
+@pytest.mark.parametrize("vectors", [True, False], ids=["vectors", "plain"])
+def test_utf8_at_every_edge(world, vectors):
+    """Every kind of first byte before every kind of later one, in front of, across and behind a block of 32."""
+    edges = [bytes([byte]) for byte in (0x00, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0, 0xC2, 0xE0, 0xF5, 0xFF)]
+    leads = [bytes([byte]) for byte in (0xC1, 0xC2, 0xDF, 0xE0, 0xE1, 0xED, 0xEE, 0xEF, 0xF0, 0xF1, 0xF4, 0xF5)]
+    pieces = [a + b + c + d for a in leads for b in edges for c in edges for d in (b"", b"\x80", b"\xbf", b"\xc3")]
+    for before in (b"", b"x" * 28, "é".encode() * 15, b"x" * 29 + b"\xf0\x9f\xa6\x80"):
+        for piece in pieces:
+            data = before + piece
+            done = native().encode_texts(world._native, data, np.array([0, len(data)]), 0, True, False, vectors)[4]
+            assert done == is_utf8(data), data
+
+
+def is_utf8(data):
+    try:
+        data.decode()
+        return True
+    except UnicodeDecodeError:
+        return False
+
+
 def test_many_lines(world):
     lines = [b'{"text": "one"}', b"", b" \t\r", b'{"text": "\\u0020\\u3000"}', b'{"text": ""}', b'{"text": "two"}']
     data = b"\n".join(lines)

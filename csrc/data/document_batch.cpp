@@ -7,31 +7,56 @@
 #include "data/json_record.h"
 #include "data/utf8_check.h"
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 namespace rwkv {
 namespace {
 
-// Whether the tokens' bytes are the text. Most tokens are shorter than the sixteen bytes compared at once.
+constexpr ptrdiff_t kSlot = TokenSlot::kMaxBytes + 1;
+
+// Not zero if the first slot.length bytes, at most kMaxBytes, differ. Reads kSlot bytes.
+inline uint64_t compare(const TokenSlot& slot, const char* text) {
+#if defined(__SSE2__)
+  const __m128i token = _mm_loadu_si128(reinterpret_cast<const __m128i*>(&slot));
+  const __m128i equal = _mm_cmpeq_epi8(token, _mm_loadu_si128(reinterpret_cast<const __m128i*>(text)));
+  return ~static_cast<uint32_t>(_mm_movemask_epi8(equal)) & ((uint32_t{1} << slot.length) - 1);
+#else
+  return static_cast<uint64_t>(std::memcmp(slot.bytes, text, slot.length) != 0);
+#endif
+}
+
+// Whether the tokens' bytes are the text.
 bool decodes_to(const Vocabulary& vocabulary, const uint16_t* ids, const uint16_t* end, std::string_view text) {
+  const TokenSlot* slots = vocabulary.slots();
   const char* at = text.data();
   const char* text_end = at + text.size();
+  uint64_t difference = 0;
   for (; ids != end; ++ids) {
+    const TokenSlot& slot = slots[*ids];
+    if (slot.length < kSlot && text_end - at >= kSlot) {
+      difference |= compare(slot, at);
+      at += slot.length;
+      continue;
+    }
     const std::string_view token = vocabulary.token(*ids);
-    if (token.empty() || static_cast<size_t>(text_end - at) < token.size()) return false;
+    if (static_cast<size_t>(text_end - at) < token.size()) return false;
     if (std::memcmp(at, token.data(), token.size()) != 0) return false;
     at += token.size();
   }
-  return at == text_end;
+  return difference == 0 && at == text_end;
 }
 
 // False where the ids are not a document's: they are taken back.
-bool add_document(const Vocabulary& vocabulary, const Encoder& encoder, std::string_view text,
+bool add_document(const Encoder& encoder, const Encoder::Memo& memo, std::string_view text,
                   const BatchOptions& options, DocumentBatch& batch) {
   if (options.drop_blank && is_blank(text)) {
     ++batch.dropped;
     return true;
   }
   const size_t first = batch.ids.size();
-  encoder.encode(text, batch.ids);
+  encoder.encode(text, batch.ids, memo);
   if (options.end_of_document) {
     uint16_t* end = batch.ids.room(1);
     *end = 0;
@@ -40,7 +65,7 @@ bool add_document(const Vocabulary& vocabulary, const Encoder& encoder, std::str
   const size_t size = batch.ids.size() - first;
   const uint16_t* ids = batch.ids.data() + first;
   if (size > std::numeric_limits<int32_t>::max() ||
-      !decodes_to(vocabulary, ids, ids + size - options.end_of_document, text)) {
+      !decodes_to(encoder.vocabulary(), ids, ids + size - options.end_of_document, text)) {
     batch.ids.set_end(ids);
     return false;
   }
@@ -75,8 +100,9 @@ bool is_blank(std::string_view text) {
   return true;
 }
 
-DocumentBatch encode_lines(const Vocabulary& vocabulary, const Encoder& encoder, std::string_view lines,
-                           size_t position, std::string_view key, const BatchOptions& options) {
+DocumentBatch encode_lines(const Encoder& encoder, std::string_view lines, size_t position, std::string_view key,
+                           const BatchOptions& options) {
+  const Encoder::Memo memo(encoder);
   DocumentBatch batch;
   JsonRecord record(options.use_vectors);
   while (position < lines.size()) {
@@ -88,7 +114,7 @@ DocumentBatch encode_lines(const Vocabulary& vocabulary, const Encoder& encoder,
     std::string_view text;
     if (!is_passed_over(line)) {
       if (!is_utf8(line, options.use_vectors) || !record.read(line, key, text)) break;
-      if (!add_document(vocabulary, encoder, text, options, batch)) break;
+      if (!add_document(encoder, memo, text, options, batch)) break;
     }
     ++batch.lines;
     position += std::min(length + 1, rest);
@@ -97,13 +123,14 @@ DocumentBatch encode_lines(const Vocabulary& vocabulary, const Encoder& encoder,
   return batch;
 }
 
-DocumentBatch encode_texts(const Vocabulary& vocabulary, const Encoder& encoder, std::string_view data,
-                           const int64_t* offsets, size_t first, size_t count, const BatchOptions& options) {
+DocumentBatch encode_texts(const Encoder& encoder, std::string_view data, const int64_t* offsets, size_t first,
+                           size_t count, const BatchOptions& options) {
+  const Encoder::Memo memo(encoder);
   DocumentBatch batch;
   for (size_t i = first; i < count; ++i) {
     const auto begin = static_cast<size_t>(offsets[i]);
     const std::string_view text = data.substr(begin, static_cast<size_t>(offsets[i + 1]) - begin);
-    if (!is_utf8(text, options.use_vectors) || !add_document(vocabulary, encoder, text, options, batch)) break;
+    if (!is_utf8(text, options.use_vectors) || !add_document(encoder, memo, text, options, batch)) break;
     ++batch.lines;
   }
   return batch;

@@ -8,7 +8,6 @@
 
 #include "tokenizer/encoder.h"
 #include "tokenizer/id_buffer.h"
-#include "tokenizer/vocabulary.h"
 
 namespace rwkv {
 
@@ -29,13 +28,13 @@ struct DocumentBatch {
 
 // Encodes the whole lines that begin at `position`, JSON objects with a string under `key`, until the first that
 // JsonRecord does not accept or that is not UTF-8. Lines of spaces, tabs and carriage returns are passed over.
-DocumentBatch encode_lines(const Vocabulary& vocabulary, const Encoder& encoder, std::string_view lines,
-                           size_t position, std::string_view key, const BatchOptions& options);
+DocumentBatch encode_lines(const Encoder& encoder, std::string_view lines, size_t position, std::string_view key,
+                           const BatchOptions& options);
 
 // Encodes the texts data[offsets[i] .. offsets[i + 1]) for i from `first` to count - 1, until the first that is not
 // UTF-8. `position` is not used. Offsets must ascend and stay in `data`.
-DocumentBatch encode_texts(const Vocabulary& vocabulary, const Encoder& encoder, std::string_view data,
-                           const int64_t* offsets, size_t first, size_t count, const BatchOptions& options);
+DocumentBatch encode_texts(const Encoder& encoder, std::string_view data, const int64_t* offsets, size_t first,
+                           size_t count, const BatchOptions& options);
 
 // Whether Python's str.isspace holds for the whole of a text in UTF-8, or the text is empty.
 bool is_blank(std::string_view text);

@@ -63,39 +63,39 @@ const char* copy_to_special(const char* begin, const char* end, char*& out) {
   return begin;
 }
 
-// 0 to 15, or 16 for what is no hexadecimal digit.
-uint32_t hex_digit(char byte) {
-  if (byte >= '0' && byte <= '9') return static_cast<uint32_t>(byte - '0');
-  const char lower = static_cast<char>(byte | 32);
-  return lower >= 'a' && lower <= 'f' ? static_cast<uint32_t>(lower - 'a' + 10) : 16;
+struct HexDigits {
+  uint32_t value[256];
+};
+
+// 0 to 15, or a number above 0xFFFF for what is no hexadecimal digit.
+constexpr HexDigits make_hex_digits() {
+  HexDigits digits{};
+  for (uint32_t& value : digits.value) value = 0x10000;
+  for (uint32_t i = 0; i < 10; ++i) digits.value['0' + i] = i;
+  for (uint32_t i = 0; i < 6; ++i) digits.value['a' + i] = digits.value['A' + i] = 10 + i;
+  return digits;
 }
+constexpr HexDigits kHexDigits = make_hex_digits();
 
 // The code unit of `XXXX` at digits[0 .. 4), or a number above 0xFFFF.
 uint32_t code_unit(const char* digits) {
-  uint32_t unit = 0;
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t digit = hex_digit(digits[i]);
-    if (digit == 16) return ~uint32_t{0};
-    unit = unit << 4 | digit;
-  }
-  return unit;
+  const auto value = [&](int i) { return kHexDigits.value[static_cast<uint8_t>(digits[i])]; };
+  return value(0) << 12 | value(1) << 8 | value(2) << 4 | value(3);
 }
 
+// Writes four bytes, of which the character may have fewer.
 void put_utf8(uint32_t code_point, char*& out) {
-  const auto put = [&](uint32_t byte) { *out++ = static_cast<char>(byte); };
-  if (code_point < 0x80) return put(code_point);
-  if (code_point < 0x800) {
-    put(0xC0 | code_point >> 6);
-  } else {
-    if (code_point < 0x10000) {
-      put(0xE0 | code_point >> 12);
-    } else {
-      put(0xF0 | code_point >> 18);
-      put(0x80 | (code_point >> 12 & 0x3F));
-    }
-    put(0x80 | (code_point >> 6 & 0x3F));
-  }
-  put(0x80 | (code_point & 0x3F));
+  const auto put = [&](uint32_t a, uint32_t b, uint32_t c, uint32_t d, int length) {
+    const uint8_t bytes[4] = {static_cast<uint8_t>(a), static_cast<uint8_t>(b), static_cast<uint8_t>(c),
+                              static_cast<uint8_t>(d)};
+    std::memcpy(out, bytes, 4);
+    out += length;
+  };
+  const auto continuation = [&](int shift) { return 0x80 | (code_point >> shift & 0x3F); };
+  if (code_point < 0x80) return put(code_point, 0, 0, 0, 1);
+  if (code_point < 0x800) return put(0xC0 | code_point >> 6, continuation(0), 0, 0, 2);
+  if (code_point < 0x10000) return put(0xE0 | code_point >> 12, continuation(6), continuation(0), 0, 3);
+  put(0xF0 | code_point >> 18, continuation(12), continuation(6), continuation(0), 4);
 }
 
 // What a backslash and this byte stand for; 0 for what is no such escape.
@@ -166,7 +166,14 @@ struct Walk {
     }
   }
 
-  // Behind `\u`.
+  // Behind `\u`; reads every `\uXXXX` that follows as well.
+  bool read_code_points(char*& out) {
+    do {
+      if (!read_code_point(out)) return false;
+    } while (end - at >= 2 && at[0] == '\\' && at[1] == 'u' && (at += 2));
+    return true;
+  }
+
   bool read_code_point(char*& out) {
     if (end - at < 4) return false;
     uint32_t code_point = code_unit(at);
@@ -201,7 +208,7 @@ struct Walk {
       const char escape = *at++;
       if (const char byte = short_escape(escape)) {
         *out++ = byte;
-      } else if (escape != 'u' || !read_code_point(out)) {
+      } else if (escape != 'u' || !read_code_points(out)) {
         return false;
       }
       at = copy_to_special<kVectors>(at, end, out);

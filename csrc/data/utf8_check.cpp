@@ -6,25 +6,15 @@
 
 #include "tokenizer/utf8.h"
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
 #endif
 
 namespace rwkv {
 namespace {
 
-// The first byte in begin .. end that may not be ASCII: no byte before it is any other.
-template <bool kVectors>
+// Behind a run of ASCII bytes; stops before one that is another, never behind it.
 const char* skip_ascii(const char* begin, const char* end) {
-#if defined(__SSE2__)
-  if constexpr (kVectors) {
-    for (; end - begin >= 64; begin += 64) {
-      const auto load = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(begin) + i); };
-      const __m128i any = _mm_or_si128(_mm_or_si128(load(0), load(1)), _mm_or_si128(load(2), load(3)));
-      if (_mm_movemask_epi8(any) != 0) break;
-    }
-  }
-#endif
   for (; end - begin >= 8; begin += 8) {
     uint64_t bytes;
     std::memcpy(&bytes, begin, 8);
@@ -34,11 +24,12 @@ const char* skip_ascii(const char* begin, const char* end) {
   return begin;
 }
 
-template <bool kVectors>
-bool check(const char* at, const char* end) {
+bool check_generic(std::string_view text) {
+  const char* at = text.data();
+  const char* end = at + text.size();
   for (;;) {
-    at = skip_ascii<kVectors>(at, end);
-    // Runs of characters of two and three bytes, which are nearly all there are, two comparisons each.
+    at = skip_ascii(at, end);
+    // Runs of characters of two and three bytes, which are nearly all there are.
     while (end - at >= 4) {
       uint8_t byte[4];
       std::memcpy(byte, at, 4);
@@ -58,11 +49,90 @@ bool check(const char* at, const char* end) {
   }
 }
 
+#if defined(__x86_64__)
+#define RWKV_AVX2 __attribute__((target("avx2")))
+
+// What may be wrong with two bytes side by side, a bit each: it is if the bit is set in all three tables, which the
+// high and the low half of the first byte and the high half of the second index. Keiser and Lemire, "Validating UTF-8
+// In Less Than One Instruction Per Byte", 2021.
+constexpr int kTooShort = 1;         // a first byte, then none that continues it
+constexpr int kTooLong = 2;          // ASCII, then a byte that continues something
+constexpr int kOverlong3 = 4;        // E0, then 80 .. 9F
+constexpr int kTooLarge = 8;         // F4, then 90 .. BF; F5 and above
+constexpr int kSurrogate = 16;       // ED, then A0 .. BF
+constexpr int kOverlong2 = 32;       // C0 or C1
+constexpr int kOverlong4 = 64;       // F0, then 80 .. 8F; F5 and above with that
+constexpr int kTwoContinuations = 128;  // right where the character has three bytes or four
+constexpr int kAnyLow = kTooShort | kTooLong | kTwoContinuations;
+constexpr int kAboveF4 = kAnyLow | kTooLarge | kOverlong4;
+constexpr int kContinuation = kTooLong | kOverlong2 | kTwoContinuations;
+
+struct Halves {
+  uint8_t entry[16];
+};
+constexpr Halves kFirstHigh = {{kTooLong, kTooLong, kTooLong, kTooLong, kTooLong, kTooLong, kTooLong, kTooLong,
+                                kTwoContinuations, kTwoContinuations, kTwoContinuations, kTwoContinuations,
+                                kTooShort | kOverlong2, kTooShort, kTooShort | kOverlong3 | kSurrogate,
+                                kTooShort | kTooLarge | kOverlong4}};
+constexpr Halves kFirstLow = {{kAnyLow | kOverlong2 | kOverlong3 | kOverlong4, kAnyLow | kOverlong2, kAnyLow, kAnyLow,
+                               kAnyLow | kTooLarge, kAboveF4, kAboveF4, kAboveF4, kAboveF4, kAboveF4, kAboveF4,
+                               kAboveF4, kAboveF4, kAboveF4 | kSurrogate, kAboveF4, kAboveF4}};
+constexpr Halves kSecondHigh = {{kTooShort, kTooShort, kTooShort, kTooShort, kTooShort, kTooShort, kTooShort, kTooShort,
+                                 kContinuation | kOverlong3 | kOverlong4, kContinuation | kOverlong3 | kTooLarge,
+                                 kContinuation | kSurrogate | kTooLarge, kContinuation | kSurrogate | kTooLarge,
+                                 kTooShort, kTooShort, kTooShort, kTooShort}};
+
+RWKV_AVX2 inline __m256i look_up(const Halves& table, __m256i halves) {
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table.entry));
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(half), halves);
+}
+
+// Not zero if a character is wrong that ends in `bytes` or is cut off by them; `before` are the 32 bytes before.
+RWKV_AVX2 inline __m256i find_errors(__m256i before, __m256i bytes) {
+  const __m256i middle = _mm256_permute2x128_si256(before, bytes, 0x21);
+  const __m256i first = _mm256_alignr_epi8(bytes, middle, 15);  // each byte's predecessor
+  const __m256i low = _mm256_set1_epi8(0x0F);
+  const __m256i wrong_pair = _mm256_and_si256(
+      _mm256_and_si256(look_up(kFirstHigh, _mm256_and_si256(_mm256_srli_epi16(first, 4), low)),
+                       look_up(kFirstLow, _mm256_and_si256(first, low))),
+      look_up(kSecondHigh, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low)));
+  // Two places behind E0 and above, three behind F0 and above, a continuation must follow another.
+  const __m256i second_back = _mm256_alignr_epi8(bytes, middle, 14);
+  const __m256i third_back = _mm256_alignr_epi8(bytes, middle, 13);
+  const __m256i must_continue = _mm256_or_si256(_mm256_subs_epu8(second_back, _mm256_set1_epi8(0xE0 - 0x80)),
+                                                _mm256_subs_epu8(third_back, _mm256_set1_epi8(0xF0 - 0x80)));
+  const __m256i top = _mm256_set1_epi8(static_cast<char>(kTwoContinuations));
+  return _mm256_xor_si256(_mm256_and_si256(must_continue, top), wrong_pair);
+}
+
+RWKV_AVX2 bool check_avx2(std::string_view text) {
+  constexpr size_t kBlock = 32;
+  __m256i before = _mm256_setzero_si256(), errors = before;
+  size_t at = 0;
+  for (; text.size() - at >= kBlock; at += kBlock) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(text.data() + at));
+    if (_mm256_movemask_epi8(_mm256_or_si256(bytes, before)) != 0) {
+      errors = _mm256_or_si256(errors, find_errors(before, bytes));
+    }
+    before = bytes;
+  }
+  uint8_t rest[kBlock] = {};  // with the zeros behind the text, which end what it may have left open
+  std::memcpy(rest, text.data() + at, text.size() - at);
+  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rest));
+  errors = _mm256_or_si256(errors, find_errors(before, bytes));
+  return _mm256_testz_si256(errors, errors) != 0;
+}
+#endif
+
 }  // namespace
 
 bool is_utf8(std::string_view text, bool use_vectors) {
-  const char* end = text.data() + text.size();
-  return use_vectors ? check<true>(text.data(), end) : check<false>(text.data(), end);
+#if defined(__x86_64__)
+  static const bool has_avx2 = __builtin_cpu_supports("avx2");
+  if (use_vectors && has_avx2) return check_avx2(text);
+#endif
+  (void)use_vectors;
+  return check_generic(text);
 }
 
 }  // namespace rwkv
