@@ -48,8 +48,8 @@ COLD = """## Nothing in the page cache
 
 As with a file larger than memory: before each round the files are dropped from the cache (posix_fadvise DONTNEED; at
 most {stayed:.1%} of them stayed), then {samples} samples are read in batches of {batch}. NumPy's map reads ahead where
-a window is not in memory (the disk's setting here: {readahead} KB); a stream's maps do not, and ask for a whole batch
-at once."""
+a window is not in memory (the disk's setting: here {readahead} KB, often 128); a stream's maps do not, and ask for a
+whole batch at once."""
 
 
 def prepare(folder: Path, gigabytes: float, shards: int) -> None:
