@@ -164,6 +164,9 @@ def test_train_stops_before_a_bad_update(tmp_path, capsys):
 def test_train_token_beyond_the_vocabulary_is_named():
     with pytest.raises(ValueError, match="vocab_size must be above .*, got 100 and token 127 in samples 1-2"):
         check_vocabulary(np.array([[3, 127]]), 100, "samples 1-2")
+    with pytest.raises(ValueError, match="vocab_size must be above .*, got 100 and token -1 in samples 1-2"):
+        check_vocabulary(np.array([[3, -1, 99]]), 100, "samples 1-2")
+    check_vocabulary(np.array([[0, 99]]), 100, "samples 1-2")
 
 
 def test_train_bad_gradient_leaves_weights_alone():

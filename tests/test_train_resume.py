@@ -119,7 +119,7 @@ def test_train_resume_refuses_an_order_of_older_versions(whole, tmp_path, capsys
     done.write_text(json.dumps(sizes))
     assert run.run() == 1
     error = capsys.readouterr().err
-    assert "step_6 does not say its data.weights (the order of samples): a version saved it whose samples come" in error
+    assert "step_6 does not say its data.weights (the order of samples): an older version saved it, whose" in error
     assert "finish that run with the version that began it, or set checkpoint.folder to a new folder" in error
 
 

@@ -185,7 +185,7 @@ def check_identity(path: Path, saved: dict[str, Any], current: dict[str, Any]) -
     for key, value in current.items():
         if key not in saved:
             raise ValueError(
-                f"resume: {path} does not say its {key}: a version saved it whose samples come in another order; "
+                f"resume: {path} does not say its {key}: an older version saved it, whose order may be another; "
                 "finish that run with the version that began it, or set checkpoint.folder to a new folder "
                 "to start afresh"
             )

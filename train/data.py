@@ -118,10 +118,11 @@ class TrainingData:
 
 def check_vocabulary(windows: np.ndarray, vocab_size: int, where: str) -> None:
     """ValueError if a token has no row in the model's embedding."""
-    largest = int(windows.max(initial=0))
-    if largest >= vocab_size:
+    least, largest = int(windows.min(initial=0)), int(windows.max(initial=0))
+    if largest >= vocab_size or least < 0:
+        wrong = least if least < 0 else largest
         raise ValueError(
-            f"model.vocab_size must be above every token id, got {vocab_size} and token {largest} in {where}; "
+            f"model.vocab_size must be above every token id, got {vocab_size} and token {wrong} in {where}; "
             "use the vocabulary the shards were made with"
         )
 

@@ -92,10 +92,10 @@ class TokenStream:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Return tokens start .. start + count - 1 in a new array [count] of `dtype`; ValueError outside the stream."""
-        out = np.empty(max(0, operator.index(count)), self.dtype)
-        if count < 0:
-            raise ValueError(f"read: count must be 0 or more, got {count}")
-        return self.read_into(start, out)
+        pieces = self._pieces(start, count)
+        out = np.empty(count, self.dtype)
+        self._copy(pieces, out)
+        return out
 
     def read_into(self, start: int, out: np.ndarray) -> np.ndarray:
         """Fill `out`, one dimension of any type that holds `dtype`, with the tokens from `start` on; return it.
@@ -152,7 +152,7 @@ class TokenStream:
 
     def _pieces(self, start: int, count: int) -> list[tuple[int, int, int]]:
         """Return (shard, first and end in its tokens) of each shard that a range has tokens of, in order."""
-        start, end = operator.index(start), operator.index(start) + count
+        start, end = operator.index(start), operator.index(start) + operator.index(count)
         if not 0 <= start <= end <= self.n_tokens:
             raise ValueError(f"tokens must lie within 0 .. {self.n_tokens} of the stream, got {start} .. {end}")
         pieces = []
