@@ -14,30 +14,31 @@
 namespace rwkv {
 namespace {
 
-constexpr ptrdiff_t kSlot = TokenSlot::kMaxBytes + 1;
+constexpr ptrdiff_t kPrefix = sizeof(TokenPrefix);
 
-// Not zero if the first slot.length bytes, at most kMaxBytes, differ. Reads kSlot bytes.
-inline uint64_t compare(const TokenSlot& slot, const char* text) {
+// Not zero if the first `length` bytes, at most kPrefix, differ. Reads kPrefix bytes of the text.
+inline uint64_t compare(const TokenPrefix& prefix, size_t length, const char* text) {
 #if defined(__SSE2__)
-  const __m128i token = _mm_loadu_si128(reinterpret_cast<const __m128i*>(&slot));
+  const __m128i token = _mm_loadu_si128(reinterpret_cast<const __m128i*>(&prefix));
   const __m128i equal = _mm_cmpeq_epi8(token, _mm_loadu_si128(reinterpret_cast<const __m128i*>(text)));
-  return ~static_cast<uint32_t>(_mm_movemask_epi8(equal)) & ((uint32_t{1} << slot.length) - 1);
+  return ~static_cast<uint32_t>(_mm_movemask_epi8(equal)) & ((uint32_t{1} << length) - 1);
 #else
-  return static_cast<uint64_t>(std::memcmp(slot.bytes, text, slot.length) != 0);
+  return static_cast<uint64_t>(std::memcmp(&prefix, text, length) != 0);
 #endif
 }
 
 // Whether the tokens' bytes are the text.
 bool decodes_to(const Vocabulary& vocabulary, const uint16_t* ids, const uint16_t* end, std::string_view text) {
-  const TokenSlot* slots = vocabulary.slots();
+  const TokenPrefix* prefixes = vocabulary.prefixes();
+  const uint8_t* lengths = vocabulary.lengths();
   const char* at = text.data();
   const char* text_end = at + text.size();
   uint64_t difference = 0;
   for (; ids != end; ++ids) {
-    const TokenSlot& slot = slots[*ids];
-    if (slot.length < kSlot && text_end - at >= kSlot) {
-      difference |= compare(slot, at);
-      at += slot.length;
+    const size_t length = lengths[*ids];
+    if (static_cast<ptrdiff_t>(length) <= kPrefix && text_end - at >= kPrefix) {
+      difference |= compare(prefixes[*ids], length, at);
+      at += length;
       continue;
     }
     const std::string_view token = vocabulary.token(*ids);
