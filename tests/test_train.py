@@ -10,13 +10,13 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from tiny_run import TinyRun, write_shard
+from tiny_run import TinyRun
 
 import train.hardware
 import train.loop
 from rwkv_ext.models import RWKV, RWKVConfig
 from train.checkpoint import CheckpointStore
-from train.data import HeldOut, TrainingData, check_vocabulary, make_batch
+from train.data import HeldOut, make_batch
 from train.display import Display, Reading, clock
 from train.distributed import Ranks
 from train.hardware import choose_device, choose_dtype, memory_estimate, peak_flops
@@ -108,34 +108,6 @@ def test_train_packed_run(tmp_path):
     assert run.run() == 0 and run.losses()[-1] < run.losses()[0] - 0.5
 
 
-@pytest.mark.parametrize(("ranks", "micro"), [(1, 8), (2, 2), (4, 1)])
-def test_train_samples_of_a_step(tmp_path, ranks, micro):
-    """Every split takes samples 1-8, then 9-16, each once."""
-    run = TinyRun(tmp_path, train={"micro_batch": micro})
-    parts = [TrainingData(run.config, Ranks(CPU, rank=rank, size=ranks)) for rank in range(ranks)]
-    sampler = parts[0].sampler
-    for first in (0, 8):
-        batches = [batch for part in parts for batch in part.take(first)]
-        assert sorted(n for batch in batches for n in batch.samples) == list(range(first + 1, first + 9))
-        for batch in batches:
-            expected = np.stack([sampler.sample(n - 1) for n in batch.samples])
-            assert torch.equal(torch.cat((batch.tokens, batch.targets[:, -1:]), 1), torch.from_numpy(expected))
-    for part in parts:
-        part.close()
-
-
-def test_train_held_out_windows_do_not_depend_on_ranks(tmp_path):
-    run = TinyRun(tmp_path, data={"validation_windows": 7})
-    found = {}
-    for size in (1, 3):
-        parts = [list(HeldOut(run.config, Ranks(CPU, rank=rank, size=size)).batches()) for rank in range(size)]
-        assert len({len(part) for part in parts}) == 1, "every rank runs the same number of forward passes"
-        found[size] = sorted(row for part in parts for batch, counts in part if counts for row in batch.tokens.tolist())
-    assert found[1] == found[3] and len(found[1]) == 7
-    everything = TinyRun(tmp_path, data={"validation_windows": 0})
-    assert len(HeldOut(everything.config, Ranks(CPU))) == (6 * 201 - 1) // 32
-
-
 def test_train_bits_per_byte(tmp_path):
     run = TinyRun(tmp_path)
     torch.manual_seed(0)
@@ -159,14 +131,6 @@ def test_train_stops_before_a_bad_update(tmp_path, capsys):
     assert "step 2: loss is nan" in error or "step 2: loss is inf" in error
     assert "rank 0, samples 9-10, 11-12, 13-14, 15-16); the weights were not changed; lower optim.lr" in error
     assert len(run.losses()) == 1
-
-
-def test_train_token_beyond_the_vocabulary_is_named():
-    with pytest.raises(ValueError, match="vocab_size must be above .*, got 100 and token 127 in samples 1-2"):
-        check_vocabulary(np.array([[3, 127]]), 100, "samples 1-2")
-    with pytest.raises(ValueError, match="vocab_size must be above .*, got 100 and token -1 in samples 1-2"):
-        check_vocabulary(np.array([[3, -1, 99]]), 100, "samples 1-2")
-    check_vocabulary(np.array([[0, 99]]), 100, "samples 1-2")
 
 
 def test_train_bad_gradient_leaves_weights_alone():
@@ -394,10 +358,3 @@ def test_train_folder_is_locked(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="checkpoint.folder .*file cannot be used"):
         CheckpointStore(tmp_path / "file", 1, Ranks(CPU))
-
-
-def test_train_vocabulary_of_validation_shards(tmp_path):
-    write_shard(tmp_path / "wide", seed=2, documents=3, vocab=300)
-    run = TinyRun(tmp_path, data={"validation": str(tmp_path / "wide")})
-    with pytest.raises(ValueError, match="got 128 and token 29[0-9] in the validation shards"):
-        list(HeldOut(run.config, Ranks(CPU)).batches())

@@ -1,4 +1,4 @@
-"""Reading ahead: how far, in which order, what the loop sees of the thread's errors and of waiting."""
+"""The trainer's data: reading ahead, whose samples are whose, held-out windows, what the loop sees of errors and waiting."""
 
 import threading
 import time
@@ -9,7 +9,7 @@ import torch
 from tiny_run import TinyRun, write_shard
 
 from rwkv_ext.data.sampler import Sampler
-from train.data import HeldOut, TrainingData, make_batch
+from train.data import HeldOut, TrainingData, check_vocabulary, make_batch
 from train.display import Reading
 from train.distributed import Ranks
 
@@ -137,3 +137,46 @@ def test_batches_are_the_windows(mode):
         return
     ends = {0, 85} | {17 * row for row in range(5)} | {i + 1 for i, t in enumerate(batch.tokens[0].tolist()) if t == 0}
     assert batch.cu_seqlens.tolist() == sorted(ends) and batch.tokens.shape == (1, 85)
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 8), (2, 2), (4, 1)])
+def test_train_samples_of_a_step(tmp_path, ranks, micro):
+    """Every split takes samples 1-8, then 9-16, each once."""
+    run = TinyRun(tmp_path, train={"micro_batch": micro})
+    parts = [TrainingData(run.config, Ranks(RANKS.device, rank=rank, size=ranks)) for rank in range(ranks)]
+    sampler = parts[0].sampler
+    for first in (0, 8):
+        batches = [batch for part in parts for batch in part.take(first)]
+        assert sorted(n for batch in batches for n in batch.samples) == list(range(first + 1, first + 9))
+        for batch in batches:
+            expected = np.stack([sampler.sample(n - 1) for n in batch.samples])
+            assert torch.equal(torch.cat((batch.tokens, batch.targets[:, -1:]), 1), torch.from_numpy(expected))
+    for part in parts:
+        part.close()
+
+
+def test_train_held_out_windows_do_not_depend_on_ranks(tmp_path):
+    run = TinyRun(tmp_path, data={"validation_windows": 7})
+    found = {}
+    for size in (1, 3):
+        parts = [list(HeldOut(run.config, Ranks(RANKS.device, rank=rank, size=size)).batches()) for rank in range(size)]
+        assert len({len(part) for part in parts}) == 1, "every rank runs the same number of forward passes"
+        found[size] = sorted(row for part in parts for batch, counts in part if counts for row in batch.tokens.tolist())
+    assert found[1] == found[3] and len(found[1]) == 7
+    everything = TinyRun(tmp_path, data={"validation_windows": 0})
+    assert len(HeldOut(everything.config, Ranks(RANKS.device))) == (6 * 201 - 1) // 32
+
+
+def test_train_token_beyond_the_vocabulary_is_named():
+    with pytest.raises(ValueError, match="vocab_size must be above .*, got 100 and token 127 in samples 1-2"):
+        check_vocabulary(np.array([[3, 127]]), 100, "samples 1-2")
+    with pytest.raises(ValueError, match="vocab_size must be above .*, got 100 and token -1 in samples 1-2"):
+        check_vocabulary(np.array([[3, -1, 99]]), 100, "samples 1-2")
+    check_vocabulary(np.array([[0, 99]]), 100, "samples 1-2")
+
+
+def test_train_vocabulary_of_validation_shards(tmp_path):
+    write_shard(tmp_path / "wide", seed=2, documents=3, vocab=300)
+    run = TinyRun(tmp_path, data={"validation": str(tmp_path / "wide")})
+    with pytest.raises(ValueError, match="got 128 and token 29[0-9] in the validation shards"):
+        list(HeldOut(run.config, Ranks(RANKS.device)).batches())
