@@ -1,4 +1,4 @@
-"""The trainer's data: reading ahead, whose samples are whose, held-out windows, what the loop sees of errors and waiting."""
+"""The trainer's data: reading ahead, whose samples are whose, held-out windows, errors of the thread, waiting."""
 
 import threading
 import time
