@@ -1,7 +1,9 @@
 """Shards as one stream: the tokens of the merged file, whatever the cuts, types, threads, processes and open maps."""
 
+import mmap
 import os
 import pickle
+import re
 import resource
 import struct
 from concurrent.futures import ThreadPoolExecutor
@@ -145,6 +147,12 @@ def test_shards_of_several_types(tmp_path):
     assert stream.dtype == np.int32
     assert stream.read(0, 8).tolist() == [65535, 0, 5, 0, 70000, 0, 65535, 0]
     assert TokenStream([narrow, narrow]).fingerprint() != TokenStream(narrow).fingerprint()
+    signed = write(tmp_path / "signed", [5, 0])
+    with open(tmp_path / "signed.idx", "r+b") as file:
+        file.seek(17)
+        file.write(b"\3")  # int16: no type of 16 bits holds both
+    assert TokenStream([signed, narrow]).dtype == np.int32
+    assert TokenStream([signed, narrow]).read(0, 4).tolist() == [5, 0, 65535, 0]
     same = write_int32(tmp_path / "same", [[65535, 0]])
     assert TokenStream(same).fingerprint() == TokenStream(narrow).fingerprint()
 
@@ -179,6 +187,8 @@ def test_fingerprint_names_the_tokens_and_their_order(tmp_path):
     ]
     assert len({s.fingerprint() for s in (stream, *others)}) == 5
     assert stream.fingerprint() == stream.fingerprint()
+    zeros = [TokenStream(write(tmp_path / str(size), np.zeros(size, np.uint16))) for size in (3000, 4000)]
+    assert zeros[0].fingerprint() != zeros[1].fingerprint()  # alike but for their number
 
 
 def test_fingerprint_of_much_text_reads_little(tmp_path, monkeypatch):
@@ -252,6 +262,37 @@ def test_maps_are_few(pieces):
         assert 1 <= mapped() <= 3
     del stream
     assert mapped() == 0
+
+
+def test_maps_are_read_at_random_places(pieces):
+    """The kernel is told not to read ahead in them (the flag rr)."""
+    folder, whole = pieces
+    stream = TokenStream(folder)
+    stream.read(0, len(whole))
+    with open("/proc/self/smaps") as maps:
+        flags = re.findall(rf"{folder}.*?VmFlags: ([^\n]*)", maps.read(), re.S)
+    assert len(flags) == 11 and all("rr" in found.split() for found in flags)  # but of the empty shard
+
+
+def test_windows_are_asked_for_before_they_are_read(tmp_path, monkeypatch):
+    """From the page that holds a window's first byte to its last byte, all windows before the first is copied."""
+    prefixes = write_random(tmp_path, [9000, 9000])
+    stream = TokenStream(prefixes)
+    events = []
+
+    class Map:
+        def __init__(self, shard):
+            self.shard = shard
+
+        def madvise(self, *arguments):
+            events.append((self.shard, *arguments))
+
+    maps = stream._maps
+    monkeypatch.setattr(stream, "_maps", lambda shard: (Map(shard), maps(shard)[1]))
+    monkeypatch.setattr(stream, "_copy", lambda parts, row: events.append("copy"))
+    read_windows([(stream, 5000), (stream, 8990)], 20)
+    need = mmap.MADV_WILLNEED
+    assert events == [(0, need, 8192, 10040 - 8192), (0, need, 16384, 18000 - 16384), (1, need, 0, 20), "copy", "copy"]
 
 
 def test_maps_follow_the_limit_of_open_files(pieces):
