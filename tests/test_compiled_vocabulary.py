@@ -33,7 +33,7 @@ def layout(image):
     cells, token_bytes = struct.unpack_from("<II", image, CELLS[0])
     begins, end = {}, 88
     for name, size in {
-        "boundaries": 65536 + 512,
+        "boundaries": 65536 + 2 * 8 * 256,
         "prefixes": 65536 * 16,
         "lengths": 65536,
         "offsets": 65537 * 4,
@@ -151,7 +151,7 @@ def test_unreadable_files(tmp_path):
     [
         (0, "<8s", b"\x7fELF\x02\x01\x01\0", "must start with 'RWKVvoc', got the bytes 7f454c4602010100"),
         (8, "<I", 0x04030201, "must have the byte order of this machine, got another"),
-        (12, "<I", 1, "must have version 2, got 1"),
+        (12, "<I", 2, "must have version 3, got 2"),
         (*CHECKSUM, 5, "must have the checksum 0000000000000005, got [0-9a-f]{16}"),
         (*SIZE, 100, r"must say that it has the \d+ bytes of its tables, says 100"),
         (32, "<Q", 7, "must have the checksum [0-9a-f]{16}, got [0-9a-f]{16}"),  # source_size

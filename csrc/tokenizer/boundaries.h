@@ -8,11 +8,13 @@
 
 namespace rwkv {
 
-// Plain data. The classes know fewer boundaries than the table of pairs, and no other ones.
+// Plain data. The classes know fewer boundaries than the table of pairs, and no other ones: each byte is of one of 64
+// classes, eight to a plane.
 struct BoundaryTables {
-  uint8_t splits[65536];  // [a | b << 8] is 1 if a token must end between bytes a and b, else 0
-  uint8_t before[256];    // one bit: the class of byte a
-  uint8_t behind[256];    // the classes of which some byte stands before b in a token
+  static constexpr size_t kPlanes = 8;
+  uint8_t splits[65536];         // [a | b << 8] is 1 if a token must end between bytes a and b, else 0
+  uint8_t before[kPlanes][256];  // one bit in one plane: the class of byte a. ASCII: in the first plane
+  uint8_t behind[kPlanes][256];  // the classes of which some byte stands before b in a token
 };
 
 // Fills zeroed tables.

@@ -20,7 +20,7 @@ namespace {
 
 constexpr char kMagic[8] = {'R', 'W', 'K', 'V', 'v', 'o', 'c', '\n'};
 constexpr uint32_t kByteOrder = 0x01020304;
-constexpr uint32_t kVersion = 2;
+constexpr uint32_t kVersion = 3;
 
 struct Header {
   char magic[8];
