@@ -1,9 +1,11 @@
-// rwkv_ext._native: many documents at once, from JSON lines or from texts back to back, to ids back to back.
+// rwkv_ext._native: many documents at once, from JSON lines or from texts back to back, to ids back to back, and those
+// in another order.
 #include <memory>
 #include <stdexcept>
 #include <utility>
 
 #include "data/document_batch.h"
+#include "data/gather.h"
 #include "native.h"
 
 namespace {
@@ -36,6 +38,28 @@ void check_texts(const py::array_t<int64_t>& offsets, size_t bytes) {
 py::tuple to_tuple(rwkv::DocumentBatch batch) {
   return py::make_tuple(::to_array(std::move(batch.ids)), to_array(std::move(batch.sizes)), batch.text_bytes,
                         batch.dropped, batch.lines, batch.position);
+}
+
+template <typename T>
+using Array = py::array_t<T, py::array::c_style>;
+
+Array<uint16_t> gather(const Array<uint16_t>& ids, const Array<int64_t>& begins, const Array<int32_t>& sizes) {
+  if (begins.size() != sizes.size()) throw std::invalid_argument("gather: begins and sizes must be as many");
+  int64_t total = 0;
+  for (py::ssize_t i = 0; i < sizes.size(); ++i) {
+    const int64_t begin = begins.at(i), size = sizes.at(i);
+    if (begin < 0 || size < 0 || begin > ids.size() - size) {
+      throw std::invalid_argument("gather: document " + std::to_string(i) + " must lie in the " +
+                                  std::to_string(ids.size()) + " ids, got " + std::to_string(size) + " from " +
+                                  std::to_string(begin) + " on");
+    }
+    total += size;
+  }
+  Array<uint16_t> out(total);
+  uint16_t* data = out.mutable_data();
+  const py::gil_scoped_release unlock;
+  rwkv::gather_documents(ids.data(), begins.data(), sizes.data(), static_cast<size_t>(sizes.size()), data);
+  return out;
 }
 
 }  // namespace
@@ -72,4 +96,6 @@ void bind_lines(py::module_& module) {
       },
       py::arg("tokenizer"), py::arg("data"), py::arg("offsets"), py::arg("first"), py::arg("eod"),
       py::arg("drop_blank"), py::arg("use_vectors") = true);
+  module.def("gather", &gather, py::arg("ids"), py::arg("begins"), py::arg("sizes"),
+             "The documents ids[begins[i] : begins[i] + sizes[i]], back to back.");
 }

@@ -9,7 +9,8 @@ import pytest
 
 from rwkv_ext.data import documents, pieces
 from rwkv_ext.data.binidx import BinidxReader, shard_files
-from rwkv_ext.data.build import build, in_order
+from rwkv_ext.data.build import build
+from rwkv_ext.data.worker_threads import in_order
 
 TEXTS = [f"{number} " + "word " * (number % 7) + "é今\U0001f980\n\\" * (number % 3) for number in range(60)]
 LINES = [json.dumps({"text": text}, ensure_ascii=number % 2 == 0) for number, text in enumerate(TEXTS)]

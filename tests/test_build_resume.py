@@ -12,8 +12,7 @@ import pytest
 from crash import Step, run_until_killed
 from file_limits import largest_file
 
-from rwkv_ext.data import build as build_module
-from rwkv_ext.data import build_folder, document_store, pieces
+from rwkv_ext.data import build_folder, build_task, document_store, duplicates, pieces, shuffle
 from rwkv_ext.data.binidx import shard_files
 from rwkv_ext.data.build import build
 
@@ -25,7 +24,11 @@ LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
 def small(monkeypatch):
     """Pieces of a few lines, and a record of the journal for each."""
     monkeypatch.setattr(pieces, "PIECE_BYTES", 400)
-    monkeypatch.setattr(build_module, "SECONDS_PER_RECORD", 0)
+    monkeypatch.setattr(build_task, "SECONDS_PER_RECORD", 0)
+    monkeypatch.setattr(build_task, "BLOCK_TOKENS", 100)
+    monkeypatch.setattr(shuffle, "BLOCK_TOKENS", 100)
+    monkeypatch.setattr(shuffle, "BUCKET_BYTES", 500)
+    monkeypatch.setattr(duplicates, "DIGESTS_AT_ONCE", 7)
     monkeypatch.setattr(os, "fsync", lambda file: None)  # takes long, and a kill loses nothing that was written
 
 
@@ -46,6 +49,10 @@ def content(folder):
 
 MODES = {
     "plain": {},
+    "shards": {"shard_tokens": 150},
+    "shuffled": {"shuffle": True, "epochs": 2, "shard_tokens": 300},
+    "unique": {"drop_duplicates": True, "drop_empty": True},
+    "all": {"shuffle": True, "drop_duplicates": True},
 }
 
 
@@ -54,38 +61,51 @@ def run(inputs, folder, world, **options):
     return build(inputs, folder / "out", tokenizer=world, show_progress=False, **options)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("threads", [1, 2])
-def test_killed_at_every_step(tmp_path, world, small, inputs, mode, threads):
-    options = {**MODES[mode], "threads": threads}
-    whole = run(inputs, tmp_path / "whole", world, **options)
-    expected = content(tmp_path / "whole")
+def kill_at_steps(inputs, folder, world, options, first=1, stride=1):
+    """Kill a build before each change of a file, or every stride-th, and complete it; return how many times."""
+    whole = run(inputs, folder / "whole", world, **options)
+    expected = content(folder / "whole")
 
     def interrupted(fatal):
         step = Step(fatal)
         for owner, name in (
             *((os, name) for name in ("fsync", "replace", "unlink", "rmdir")),
             (document_store.DocumentStore, "_write"),
+            (shuffle.Buckets, "deal"),
             (build_folder.BuildFolder, "write"),
         ):
             step.before(owner, name)
-        run(inputs, tmp_path / f"killed-{fatal}", world, **options)
+        run(inputs, folder / f"killed-{fatal}", world, **options)
 
-    # With two threads other steps meet other states of the pieces in flight; a few are enough.
-    fatal = 1
+    fatal, own = first, {"seconds": 0, "shards": []}
     while not run_until_killed(interrupted, fatal):
-        folder = tmp_path / f"killed-{fatal}"
-        left = {name: data for name, data in content(folder).items() if not name.startswith(".")}
+        killed = folder / f"killed-{fatal}"
+        left = {name: data for name, data in content(killed).items() if not name.startswith(".")}
         assert all(expected[name] == data for name, data in left.items()), fatal
-        assert not any(name.endswith(".idx") for name in left) or set(left) == set(expected)
+        assert {name[:-4] for name in left if name.endswith(".idx")} <= {name[:-4] for name in left if "bin" in name}
         try:
-            again = run(inputs, folder, world, **options)
-            assert {**vars(again), "seconds": 0} == {**vars(whole), "seconds": 0}, fatal
+            again = run(inputs, killed, world, **options)
+            assert {**vars(again), **own} == {**vars(whole), **own}, fatal
         except FileExistsError:  # it was killed when nothing was left but to remove the journal
             assert left == expected
-        assert content(folder) == expected, fatal
-        fatal += 1 if threads == 1 else 7
-    assert fatal > 20
+        assert content(killed) == expected, fatal
+        fatal += stride
+    return fatal
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_killed_at_many_steps(tmp_path, world, small, inputs, mode):
+    assert kill_at_steps(inputs, tmp_path, world, {**MODES[mode], "threads": 1}, first=3, stride=11) > 40
+
+
+def test_killed_with_pieces_in_flight(tmp_path, world, small, inputs):
+    assert kill_at_steps(inputs, tmp_path, world, {"threads": 3}, stride=13) > 40
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("mode", MODES)
+def test_killed_at_every_step(tmp_path, world, small, inputs, mode):
+    assert kill_at_steps(inputs, tmp_path, world, {**MODES[mode], "threads": 1}) > 40
 
 
 def test_killed_twice_and_more(tmp_path, world, small, inputs):
@@ -149,7 +169,9 @@ def test_data_shorter_than_the_journal_says(tmp_path, world, small, inputs):
     kill(inputs, tmp_path / "killed", world)
     path = tmp_path / "killed" / ".out.building" / "shard-00000.bin"
     path.write_bytes(path.read_bytes()[:10])
-    with pytest.raises(ValueError, match="shard-00000.bin: must have .* bytes or more, has fewer; .* run it again"):
+    with pytest.raises(
+        ValueError, match="shard-00000.bin: must have .* bytes or more, has fewer: it is damaged; run it again"
+    ):
         run(inputs, tmp_path / "killed", world)
     run(inputs, tmp_path / "killed", world)
 
@@ -206,7 +228,7 @@ def compete(inputs, folder, world):
 @pytest.mark.chaos
 def test_killed_at_fifty_random_moments(tmp_path, world, monkeypatch):
     monkeypatch.setattr(pieces, "PIECE_BYTES", 1 << 18)
-    monkeypatch.setattr(build_module, "SECONDS_PER_RECORD", 0.02)
+    monkeypatch.setattr(build_task, "SECONDS_PER_RECORD", 0.02)
     (tmp_path / "a.jsonl").write_text(LINES * 8000)
     inputs = [tmp_path / "a.jsonl"]
     for mode, options in MODES.items():

@@ -61,7 +61,8 @@ class BuildFolder:
 
     def _take_lock(self) -> int:
         while True:
-            self.path.mkdir(exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(self.path)
             try:
                 descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
             except FileNotFoundError:  # another process has just removed the folder

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from rwkv_ext.data.binidx import BinidxReader, shard_files
-from rwkv_ext.data.build import build, prime_lines
+from rwkv_ext.data.build import build
+from rwkv_ext.data.build_summary import prime_lines
 from rwkv_ext.data.documents import INVALID_UTF8
 from rwkv_ext.data.shards import hold_out, merge, split_evenly
 from rwkv_ext.data.token_stream import TokenStream, find_shards
@@ -33,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--eod", action=eod, default=True, help="end each document with token 0 (default)")
     add("--invalid-utf8", choices=INVALID_UTF8, default="error", help="what is not UTF-8 (default: error)")
     add("--drop-empty", action="store_true", help="leave out documents of white space alone")
+    add("--drop-duplicates", action="store_true", help="leave out documents that an earlier one equals")
+    add("--shuffle", action="store_true", help="put the documents in an order that --seed decides")
+    add("--seed", type=int, default=0, metavar="N", help="of --shuffle (default: 0)")
+    add("--epochs", type=int, default=1, metavar="N", help="every document N times, each time in another order")
+    add("--shard-tokens", type=int, metavar="N", help="OUT-00000-of-00003 and so on, at most N tokens each")
     add("--threads", type=int, metavar="N", help="pieces encoded at once (default: one for each core)")
     add("--overwrite", action="store_true", help="replace the shard OUT if it exists")
     command.set_defaults(run_action=_build)
@@ -110,11 +116,20 @@ def _build(args) -> int:
         eod=args.eod,
         invalid_utf8=args.invalid_utf8,
         drop_empty=args.drop_empty,
+        drop_duplicates=args.drop_duplicates,
+        shuffle=args.shuffle,
+        seed=args.seed,
+        epochs=args.epochs,
+        shard_tokens=args.shard_tokens,
         threads=args.threads,
         overwrite=args.overwrite,
     )
-    bin_path, idx_path = shard_files(out)
-    print(f"wrote            {bin_path} ({bin_path.stat().st_size:,} bytes) and {idx_path.name}")
+    shards = [shard_files(name) for name in summary.shards]
+    size = f"({sum(path.stat().st_size for path, _ in shards):,} bytes)"
+    if args.shard_tokens is None:
+        print(f"wrote            {shards[0][0]} {size} and {shards[0][1].name}")
+    else:
+        print(f"wrote            {shards[0][0]} to {shards[-1][0].name} {size}, each with its .idx")
     print("\n".join(summary.lines()))
     return 0
 

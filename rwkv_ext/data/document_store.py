@@ -2,12 +2,12 @@
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from rwkv_ext.data.binidx import HEADER, finish_index
+from rwkv_ext.data.binidx import BLOCK, HEADER, finish_index
 
 
 class DocumentStore:
@@ -87,8 +87,8 @@ class DocumentStore:
 
     def _open(self) -> None:
         bin_path, idx_path = self._paths(self._number)
-        self._bin = _open_at(bin_path, 2 * self._tokens)
-        self._idx = _open_at(idx_path, HEADER.size + 4 * self._documents if self._documents else 0)
+        self._bin = open_at(bin_path, 2 * self._tokens)
+        self._idx = open_at(idx_path, HEADER.size + 4 * self._documents if self._documents else 0)
         if not self._documents:
             self._idx.write(bytes(HEADER.size))  # the sizes follow as they come, the header at the end
 
@@ -99,15 +99,37 @@ class DocumentStore:
         self._open()
 
 
-def _open_at(path: Path, length: int):
+def open_at(path: Path, length: int):
     """Open a file to append behind its first `length` bytes."""
     file = open(path, "r+b" if length else "wb", buffering=1 << 20)
     try:
         if os.fstat(file.fileno()).st_size < length:
-            raise ValueError(f"{path}: must have {length} bytes or more, has fewer; remove its folder and run it again")
+            raise ValueError(f"{path}: must have {length} bytes or more, has fewer: it is damaged; run it again")
         file.truncate(length)
         file.seek(length)
     except BaseException:
         file.close()
         raise
     return file
+
+
+def read_blocks(
+    bin_path: Path, idx_path: Path, documents: int, most: int, first: int = 0, begin: int = 0
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yield (number of the first, ids, sizes) of consecutive documents of a store, at most `most` tokens at once.
+
+    `first` is the document to start with, which begins at token `begin`. Only one document may have more tokens.
+    """
+    with open(bin_path, "rb") as ids, open(idx_path, "rb") as index:
+        ids.seek(2 * begin)
+        index.seek(HEADER.size + 4 * first)
+        sizes = np.zeros(0, "<i4")
+        read = first
+        while first < documents:
+            if not len(sizes):
+                sizes = np.fromfile(index, "<i4", min(BLOCK, documents - read))
+                read += len(sizes)
+            ends = np.cumsum(sizes, dtype=np.int64)
+            count = max(1, int(np.searchsorted(ends, most, "right")))
+            yield first, np.fromfile(ids, "<u2", int(ends[count - 1])), sizes[:count]
+            first, sizes = first + count, sizes[count:]

@@ -9,6 +9,7 @@ import numpy as np
 from rwkv_ext._load import native
 from rwkv_ext.data.binidx import MAX_DOCUMENT
 from rwkv_ext.data.documents import Document, offset_name, read_line, read_row, read_text
+from rwkv_ext.data.duplicates import digests
 from rwkv_ext.data.input_file import COMPRESSED, InputFile
 from rwkv_ext.data.pieces import Lines, Rows, Texts
 from rwkv_ext.tokenizer import WorldTokenizer
@@ -22,6 +23,7 @@ class Encoded:
 
     ids: list[np.ndarray] = field(default_factory=list)  # uint16, of documents back to back
     sizes: list[np.ndarray] = field(default_factory=list)  # int32, of the documents, in tokens
+    digests: list[np.ndarray] = field(default_factory=list)  # of the documents, if asked for
     text_bytes: int = 0
     skipped: int = 0  # documents left out because they were not UTF-8
     repaired: int = 0  # documents with U+FFFD in the place of what was not UTF-8
@@ -45,6 +47,7 @@ class PieceEncoder:
     eod: bool = True
     invalid_utf8: str = "error"
     drop_empty: bool = False
+    make_digests: bool = False
 
     def __post_init__(self):
         kind = type(self.tokenizer)
@@ -64,6 +67,8 @@ class PieceEncoder:
             self._add_rows(piece, encoded)
         else:
             self._add_files(piece, encoded)
+        if self.make_digests:
+            encoded.digests = [digests(*documents) for documents in zip(encoded.ids, encoded.sizes, strict=True)]
         return encoded
 
     def _add_lines(self, piece: Lines, encoded: Encoded) -> None:
