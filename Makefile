@@ -3,6 +3,7 @@
 # make build  build what changed
 # make test-kernels   the CUDA kernels without a GPU, all of it: every instance, sanitizers, mutations, every architecture
 # make chaos          builds of shards killed at 50 random moments
+# make fuzz           random inputs to every parser, encoder, decoder and reader under sanitizers: 10 minutes, a million or more
 # make lint   ruff, the one-file-includes-torch rule, file lengths
 #
 # make test-gpu      on a GPU: primitives, every test of the ops, models, memory and race checks (says so without a GPU)
@@ -14,6 +15,7 @@
 # TORCH=SPEC   another torch than the constraints name, e.g. TORCH='torch==2.11.0'
 # PYTHON=EXE   the Python that makes .venv, 3.10 or newer
 # BUILT=1      test-gpu and bench-gpu: build nothing, run PYTHON with the libraries in place, wherever they were built
+# FUZZ=...     fuzz: options of tests/fuzz/run.py, such as FUZZ='--minutes 2 stream_encoder'
 # BENCH=...    bench-gpu: options of benchmarks/bench_gpu.py, such as BENCH='--upstream PATH'
 
 SHELL := /bin/bash
@@ -33,7 +35,7 @@ KERNELS := $(wildcard csrc/cuda/*.cu csrc/cuda/instances/*.cu)
 ARCH := sm_$(subst .,,$(firstword $(subst ;, ,$(subst +PTX,,$(TORCH_CUDA_ARCH_LIST)))))
 GPU_RUN := $(if $(BUILT),$(PYTHON),$(RUN))
 
-.PHONY: demo test chaos test-gpu bench-gpu gpu-programs build lint clean prerequisites
+.PHONY: demo test chaos fuzz test-gpu bench-gpu gpu-programs build lint clean prerequisites
 
 demo: build
 	$(RUN) train/demo.py --out demo $(if $(DATA),--data "$(DATA)") $(if $(MINUTES),--minutes $(MINUTES))
@@ -67,6 +69,9 @@ test-kernels: build
 
 chaos: build
 	$(RUN) -m pytest tests -m chaos
+
+fuzz: build
+	$(RUN) tests/fuzz/run.py $(FUZZ)
 
 # The kernels themselves were compiled with the extension.
 build/gpu/run: tests/emulator/run.cpp tests/device_kernels/on_device.h build
