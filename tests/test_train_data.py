@@ -65,6 +65,15 @@ def test_another_place_is_read_anew(data):
         np.testing.assert_array_equal(rows(data.take(first)), whole.batch(range(first, first + 8))[:, :-1])
 
 
+def test_steps_that_nobody_will_take_are_not_read(data, monkeypatch):
+    gate = threading.Semaphore(1)
+    steps = watch(data, monkeypatch, lambda indices: gate.acquire())
+    data.take(0)
+    threading.Timer(0.1, gate.release, [100]).start()
+    data.take(800)
+    assert 800 in settle(steps, 5) and 16 not in steps and 24 not in steps
+
+
 def test_errors_of_the_thread_reach_the_loop(data, monkeypatch):
     """At the step they belong to, not before, and the steps after it can still be read."""
 
