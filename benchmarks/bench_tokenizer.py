@@ -1,9 +1,11 @@
-"""The World tokenizer's speed beside the Rust package and a plain pointer trie in C++, one thread, by language.
+"""The World tokenizer's speed beside the Rust package and a plain pointer trie in C++, by language.
 
     python benchmarks/bench_tokenizer.py --output benchmarks/results/amd-epyc_2026-11_tokenizer.md
 
-The texts are what this machine has: Perl's manual, Python's library, C headers, and for other languages the messages
-of every program's translations (gettext catalogues). Each text's ids are compared with both peers' before it is timed.
+Encoding and decoding by one thread, two threads beside one, batches, and the time to load. The texts are what this
+machine has: Perl's manual, Python's library, C headers, and for other languages the messages of every program's
+translations (gettext catalogues). Each text's ids, and the text that they decode to, are compared with the peers'
+before anything is timed.
 """
 
 import argparse
@@ -21,6 +23,8 @@ import pyrwkv_tokenizer
 from common import ROOT, header, table
 
 from rwkv_ext import WorldTokenizer
+from rwkv_ext._load import native
+from rwkv_ext.vocabulary import WORLD
 
 LOCALES = Path("/usr/share/locale")
 LANGUAGES = ["fr", "de", "es", "pl", "tr", "vi", "ru", "uk", "el", "he", "ar", "hi", "th", "ja", "ko", "zh_CN"]
@@ -88,18 +92,32 @@ def read_texts(size: int) -> dict[str, bytes]:
     return {name: text for name, text in texts.items() if len(text) >= 200_000}
 
 
-def check(text: bytes, world: WorldTokenizer, trie: PointerTrie, rust) -> int:
-    """Raise unless all give the same ids; return how many."""
+DOCUMENT = 2000  # characters of each text of a batch
+
+
+def cut(string: str) -> list[str]:
+    return [string[start : start + DOCUMENT] for start in range(0, len(string), DOCUMENT)]
+
+
+def check(text: bytes, world: WorldTokenizer, trie: PointerTrie, rust) -> np.ndarray:
+    """Raise unless all give the same ids and the same text for them; return the ids."""
     ids = world.encode_array(text)
-    for name, other in (
-        ("the pointer trie", trie.encode(text)),
-        ("pyrwkv-tokenizer", rust.encode(text.decode())),
-        ("the list", world.encode(text.decode())),
-        ("a second time", world.encode_array(text)),
+    documents = cut(text.decode())
+    packed = world.encode_packed(documents, 2)[0]
+    for name, got, expected in (
+        ("the pointer trie", trie.encode(text), ids),
+        ("pyrwkv-tokenizer", rust.encode(text.decode()), ids),
+        ("the list", world.encode(text.decode()), ids),
+        ("a second time", world.encode_array(text), ids),
+        ("two threads", world.encode_array(text * 2, threads=2), world.encode_array(text * 2)),
+        ("the batch", packed, np.concatenate([world.encode_array(document) for document in documents])),
+        ("pyrwkv-tokenizer's batch", np.concatenate(rust.encode_batch(documents)), packed),
     ):
-        if not np.array_equal(ids, np.asarray(other, np.uint16)):
+        if not np.array_equal(np.asarray(got, np.uint16), expected):
             raise SystemExit(f"bench_tokenizer: {name} gives other ids")
-    return len(ids)
+    if world.decode_bytes(ids) != text or not world.decode(ids) == rust.decode(ids.tolist()) == text.decode():
+        raise SystemExit("bench_tokenizer: decoding gives another text")
+    return ids
 
 
 def best_seconds(functions: dict, rounds: int) -> dict[str, float]:
@@ -116,8 +134,7 @@ def best_seconds(functions: dict, rounds: int) -> dict[str, float]:
     return best
 
 
-def bench(text: bytes, world: WorldTokenizer, trie: PointerTrie, rust, rounds: int) -> list:
-    tokens = check(text, world, trie, rust)
+def bench_encoding(text: bytes, world: WorldTokenizer, trie: PointerTrie, rust, rounds: int) -> list:
     string = text.decode()
 
     def first_sight():
@@ -133,8 +150,6 @@ def bench(text: bytes, world: WorldTokenizer, trie: PointerTrie, rust, rounds: i
     }
     speed = {name: len(text) / seconds / 1e6 for name, seconds in best_seconds(functions, rounds).items()}
     return [
-        f"{len(text) / 1e6:.1f}",
-        len(text) / tokens,
         *(f"{speed[name]:.0f}" for name in ("first", "array", "list", "trie", "rust")),
         speed["first"] / speed["trie"],
         speed["array"] / speed["trie"],
@@ -144,17 +159,84 @@ def bench(text: bytes, world: WorldTokenizer, trie: PointerTrie, rust, rounds: i
     ]
 
 
-COLUMNS = [
-    *("text", "MB", "bytes a token", "first: MB/s", "again: MB/s", "list: MB/s", "trie: MB/s", "Rust: MB/s"),
-    *("first / trie", "again / trie", "first / Rust", "again / Rust", "list / Rust"),
-]
+def bench_threads(text: bytes, world: WorldTokenizer, rust, rounds: int) -> list:
+    """Of a text of 16 MB or more, so that a thread's start is no part of it."""
+    text *= -(-16_000_000 // len(text))
+    documents = cut(text.decode())
+    functions = {
+        "one": lambda: lambda: world.encode_array(text),
+        "two": lambda: lambda: world.encode_array(text, threads=2),
+        "batch": lambda: lambda: world.encode_packed(documents, threads=2),
+        "rust": lambda: lambda: rust.encode_batch(documents),
+    }
+    speed = {name: len(text) / seconds / 1e6 for name, seconds in best_seconds(functions, rounds).items()}
+    ratios = speed["two"] / speed["one"], speed["batch"] / speed["rust"]
+    return [*(f"{speed[name]:.0f}" for name in functions), *ratios]
+
+
+def bench_decoding(text: bytes, ids: np.ndarray, world: WorldTokenizer, rust, rounds: int) -> list:
+    numbers, wide = ids.tolist(), ids.astype(np.int64)
+    functions = {
+        "array": lambda: lambda: world.decode_bytes(ids),
+        "int64": lambda: lambda: world.decode_bytes(wide),
+        "list": lambda: lambda: world.decode_bytes(numbers),
+        "text": lambda: lambda: world.decode(numbers),
+        "rust": lambda: lambda: rust.decode(numbers),
+    }
+    speed = {name: len(text) / seconds / 1e9 for name, seconds in best_seconds(functions, rounds).items()}
+    return [
+        *(f"{speed[name]:.2f}" for name in functions),
+        speed["array"] / speed["rust"],
+        speed["text"] / speed["rust"],
+    ]
+
+
+def bench_loading(rounds: int) -> str:
+    functions = {
+        "compiled": lambda: WorldTokenizer,
+        "text": lambda: lambda: native().Tokenizer(WORLD.read_bytes(), "World"),
+        "rust": lambda: pyrwkv_tokenizer.RWKVTokenizer,
+    }
+    milliseconds = {name: 1e3 * seconds for name, seconds in best_seconds(functions, rounds).items()}
+    rows = [[f"{milliseconds[name]:.2f}" for name in functions]]
+    return table(["compiled vocabulary: ms", "text parsed: ms", "Rust: ms"], rows)
+
+
+SECTIONS = {
+    "encode": (
+        "Encoding",
+        "MB/s of text, one thread. first: encode_array by a tokenizer that has encoded nothing yet (its memo is empty)"
+        "; again: by one that has encoded this text before; list: encode(str) -> list, again; trie: "
+        "benchmarks/pointer_trie.cpp, g++ -O3, into a NumPy array; Rust: pyrwkv-tokenizer, which gives lists alone.",
+        [
+            *("text", "MB", "bytes a token", "first: MB/s", "again: MB/s", "list: MB/s", "trie: MB/s", "Rust: MB/s"),
+            *("first / trie", "again / trie", "first / Rust", "again / Rust", "list / Rust"),
+        ],
+    ),
+    "decode": (
+        "Decoding",
+        "GB/s of text, one thread. array: decode_bytes(uint16 array); int64: of such an array; list: decode_bytes(list)"
+        "; str: decode(list) -> str, as pyrwkv-tokenizer does it.",
+        [
+            *("text", "MB", "bytes a token", "array: GB/s", "int64: GB/s", "list: GB/s", "str: GB/s", "Rust: GB/s"),
+            *("array / Rust", "str / Rust"),
+        ],
+    ),
+    "threads": (
+        "Threads",
+        "MB/s of the text repeated to 16 MB or more: encode_array(threads=1) and (threads=2); batch: "
+        f"encode_packed(threads=2) of its parts of {DOCUMENT} characters; Rust: encode_batch of the same parts, lists "
+        "by as many threads as there are CPUs.",
+        [
+            *("text", "MB", "bytes a token", "one: MB/s", "two: MB/s", "batch: MB/s", "Rust: MB/s", "two / one"),
+            "batch / Rust",
+        ],
+    ),
+}
 ABOUT = (
-    "MB/s of text, one thread, the best of {rounds} rounds in which all take turns; ids equal to both peers' on every "
-    "text. first: encode_array by a tokenizer that has encoded nothing yet (its memo is empty); again: by one that has "
-    "encoded this text before; list: encode(str) -> list, again; trie: benchmarks/pointer_trie.cpp, g++ -O3, into a "
-    "NumPy array; Rust: pyrwkv-tokenizer {version} from PyPI, which gives lists alone. Loading the vocabulary takes "
-    "{load:.1f} ms. Texts: at most {size} MB of the files that a row's name says; translations are the messages "
-    "of every *.mo under /usr/share/locale/LANGUAGE/LC_MESSAGES."
+    "The best of {rounds} rounds in which all take turns; ids equal to both peers' and decoded to the text they came "
+    "from, for every text. Rust: pyrwkv-tokenizer {version} from PyPI. Texts: at most {size} MB of the files that a "
+    "row's name says; translations are the messages of every *.mo under /usr/share/locale/LANGUAGE/LC_MESSAGES."
 )
 
 
@@ -163,20 +245,34 @@ def main():
     parser.add_argument("--megabytes", type=float, default=3, help="of each text, at most")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", default="", help="texts whose name holds this")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--output", type=Path, help="write the report there as well")
     options = parser.parse_args()
     start = header()
-    load = best_seconds({"load": lambda: WorldTokenizer}, options.rounds)["load"]
+    loading = bench_loading(options.rounds)
     world, rust = WorldTokenizer(), pyrwkv_tokenizer.RWKVTokenizer()
     trie = PointerTrie(world)
-    rows = []
+    rows = {section: [] for section in options.sections}
     for name, text in read_texts(int(options.megabytes * 1e6)).items():
-        if options.only in name:
-            rows.append([name, *bench(text, world, trie, rust, options.rounds)])
-            print(*rows[-1], flush=True)
+        if options.only not in name:
+            continue
+        ids = check(text, world, trie, rust)
+        benches = {
+            "encode": lambda text: bench_encoding(text, world, trie, rust, options.rounds),
+            "decode": lambda text, ids=ids: bench_decoding(text, ids, world, rust, options.rounds),
+            "threads": lambda text: bench_threads(text, world, rust, min(options.rounds, 5)),
+        }
+        for section in options.sections:
+            row = [name, f"{len(text) / 1e6:.1f}", len(text) / len(ids), *benches[section](text)]
+            rows[section].append(row)
+            print(section, *row, flush=True)
     version = importlib.metadata.version("pyrwkv-tokenizer")
-    about = ABOUT.format(rounds=options.rounds, version=version, load=1e3 * load, size=f"{options.megabytes:g}")
-    report = "\n\n".join(["# World tokenizer: encoding", start, about, table(COLUMNS, rows)]) + "\n"
+    about = ABOUT.format(rounds=options.rounds, version=version, size=f"{options.megabytes:g}")
+    parts = ["# World tokenizer", start, about, "## Loading", loading]
+    for section in options.sections:
+        title, meaning, columns = SECTIONS[section]
+        parts += [f"## {title}", meaning, table(columns, rows[section])]
+    report = "\n\n".join(parts) + "\n"
     print(report)
     if options.output:
         options.output.write_text(report)

@@ -1,18 +1,17 @@
 // What short segments of a text encoded to, so that a word seen before costs one look-up.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <iterator>
 #include <memory>
 #include <new>
 #include <type_traits>
-
-#include "tokenizer/id_buffer.h"
 
 namespace rwkv {
 
@@ -35,13 +34,19 @@ using LongEntry = MemoEntry<4>;   // 64 bytes: words in letters of two or three 
 // never a guess. For one thread at a time, and for one encoder.
 class SegmentMemo {
  public:
-  // Pages of zeros that cost nothing before an entry in them is used, entries within cache lines.
-  SegmentMemo() : memory_(static_cast<char*>(std::calloc(1, kShortBytes + kLongBytes + kCacheLine))) {
-    if (!memory_) throw std::bad_alloc();
-    char* begin = memory_.get() + kCacheLine - reinterpret_cast<uintptr_t>(memory_.get()) % kCacheLine;
-    long_ = reinterpret_cast<LongEntry*>(begin);
-    short_ = reinterpret_cast<ShortEntry*>(begin + kLongBytes);
+  SegmentMemo() {
+    // As many addresses again, of which the part is used that starts where a large page does: one large page of zeros,
+    // if the system gives one, takes a tenth of the time of 512 small ones that are touched one by one.
+    memory_ = mmap(nullptr, 2 * kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory_ == MAP_FAILED) throw std::bad_alloc();
+    const auto begin = (reinterpret_cast<uintptr_t>(memory_) + kBytes - 1) / kBytes * kBytes;
+    (void)madvise(reinterpret_cast<void*>(begin), kBytes, MADV_HUGEPAGE);
+    short_ = reinterpret_cast<ShortEntry*>(begin);
+    long_ = reinterpret_cast<LongEntry*>(begin + kShortBytes);
   }
+  ~SegmentMemo() { munmap(memory_, 2 * kBytes); }
+  SegmentMemo(const SegmentMemo&) = delete;
+  SegmentMemo& operator=(const SegmentMemo&) = delete;
 
   // The entry of text[0 .. length), 1 <= length <= Entry::kMaxBytes, with `bytes` set to the segment. Reads
   // Entry::kMaxBytes from the text.
@@ -72,10 +77,10 @@ class SegmentMemo {
       255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255};  // then as many zeros
 
   static constexpr size_t kShortBytes = sizeof(ShortEntry) << kLogShort;
-  static constexpr size_t kLongBytes = sizeof(LongEntry) << kLogLong;
-  static constexpr size_t kCacheLine = 64;
+  static constexpr size_t kBytes = kShortBytes + (sizeof(LongEntry) << kLogLong);
+  static_assert(kBytes == 2 << 20, "a large page");
 
-  std::unique_ptr<char, FreeMemory> memory_;
+  void* memory_;
   ShortEntry* short_;
   LongEntry* long_;
 };
