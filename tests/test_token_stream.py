@@ -354,12 +354,27 @@ def test_worker_processes_need_no_state(pieces):
     assert len(set(torch.cat(workers).tolist())) == 2 and os.getpid() not in torch.cat(workers)
 
 
-def test_a_shard_that_changes_is_not_read(tmp_path):
-    stream = TokenStream(write(tmp_path / "shard", [1, 2, 0]))
-    with open(tmp_path / "shard.bin", "ab") as file:
-        file.write(b"\0\0")
-    with pytest.raises(ValueError, match="shard.bin: must still have 6 bytes, got 8; a shard must stay as it is"):
-        stream.read(0, 3)
+@pytest.mark.parametrize("size", [0, 5, 8])
+def test_a_shard_that_changes_is_not_read(tmp_path, size):
+    """Neither before its first read nor, already mapped, after: what was cut off would end the process."""
+    message = f"shard.bin: must still have 6 bytes, got {size}; a shard must stay as it is while it is read"
+    write(tmp_path / "shard", [1, 2, 0])
+    fresh, mapped = TokenStream(tmp_path / "shard"), TokenStream(tmp_path / "shard")
+    assert mapped.read(0, 3).tolist() == [1, 2, 0]
+    os.truncate(tmp_path / "shard.bin", size)
+    for stream in (fresh, mapped):
+        with pytest.raises(ValueError, match=message):
+            stream.read(0, 3)
+        with pytest.raises(ValueError, match=message):
+            read_windows([(stream, 0)], 2)
     os.unlink(tmp_path / "shard.bin")
     with pytest.raises(FileNotFoundError, match="shard.bin"):
-        stream.read(0, 3)
+        fresh.read(0, 3)
+
+
+def test_a_shard_replaced_whole_is_read_as_it_was(tmp_path):
+    stream = TokenStream(write(tmp_path / "shard", [1, 2, 0]))
+    stream.read(0, 1)
+    with BinidxWriter(tmp_path / "shard", overwrite=True) as writer:
+        writer.add_document([7, 8, 9, 0])
+    assert stream.read(0, 3).tolist() == [1, 2, 0]

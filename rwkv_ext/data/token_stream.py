@@ -173,7 +173,10 @@ class TokenStream:
     def _copy(self, pieces: list[tuple[int, int, int]], out: np.ndarray) -> None:
         at = 0
         for shard, begin, end in pieces:
-            out[at : at + end - begin] = self._maps(shard)[1][begin:end]
+            mapped, tokens = self._maps(shard)
+            if (size := mapped.size()) != tokens.nbytes:  # what was cut off is no memory any more: SIGBUS
+                raise _changed(self.shards[shard], size)
+            out[at : at + end - begin] = tokens[begin:end]
             at += end - begin
 
 
@@ -201,13 +204,17 @@ def open_maps() -> int:
 
 def _open(shards: Sequence[Shard], index: int) -> tuple[mmap.mmap, np.ndarray]:
     shard = shards[index]
-    path = shard.prefix + ".bin"
     expected = shard.n_tokens * shard.dtype.itemsize
-    with open(path, "rb", buffering=0) as file:
+    with open(shard.prefix + ".bin", "rb", buffering=0) as file:
         found = os.fstat(file.fileno()).st_size
         if found != expected:
-            advice = "a shard must stay as it is while it is read: start again"
-            raise ValueError(f"{path}: must still have {expected} bytes, got {found}; {advice}")
+            raise _changed(shard, found)
         mapped = mmap.mmap(file.fileno(), expected, access=mmap.ACCESS_READ)
     mapped.madvise(mmap.MADV_RANDOM)  # a sample has no neighbours: what the kernel would read ahead is wasted
     return mapped, np.frombuffer(mapped, shard.dtype)
+
+
+def _changed(shard: Shard, size: int) -> ValueError:
+    need = f"must still have {shard.n_tokens * shard.dtype.itemsize} bytes"
+    advice = "a shard must stay as it is while it is read: start again"
+    return ValueError(f"{shard.prefix}.bin: {need}, got {size}; {advice}")
