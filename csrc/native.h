@@ -26,7 +26,8 @@ struct Tokenizer {
 
 inline std::string type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }
 
-// A view of any object with contiguous bytes: bytes, bytearray, memoryview, an array; keeps them alive.
+// A view of any object with contiguous bytes: bytes, bytearray, memoryview, an array; keeps them alive. What may be
+// written to is copied: if another thread changed it under an encoder, its memo would keep ids of bytes that never were.
 class BytesView {
  public:
   explicit BytesView(const py::object& object, const std::string& need = "encode_bytes: data must be contiguous bytes",
@@ -35,16 +36,24 @@ class BytesView {
       PyErr_Clear();
       throw py::type_error(need + ", got " + type_name(object) + advice);
     }
+    try {
+      if (!view_.readonly) copy_.assign(static_cast<const char*>(view_.buf), static_cast<size_t>(view_.len));
+    } catch (...) {
+      PyBuffer_Release(&view_);
+      throw;
+    }
   }
   ~BytesView() { PyBuffer_Release(&view_); }
   BytesView(const BytesView&) = delete;
   BytesView& operator=(const BytesView&) = delete;
   std::string_view view() const {
+    if (!view_.readonly) return copy_;
     return {static_cast<const char*>(view_.buf), static_cast<size_t>(view_.len)};
   }
 
  private:
   Py_buffer view_;
+  std::string copy_;
 };
 
 // One id as int64; an id beyond that is out of range as well and is named in full.

@@ -111,7 +111,7 @@ class WorldTokenizer:
     def encode_file(self, path: str | os.PathLike, threads: int | None = None, dtype=np.uint16) -> np.ndarray:
         """Return the ids of a regular file, mapped into memory: encode_array() of its bytes, whatever they are.
 
-        Nobody may shorten the file meanwhile. ValueError for a pipe or device.
+        Nobody may change the file meanwhile. ValueError for a pipe or device.
         """
         options = _options("encode_file", threads, dtype)
         with open(path, "rb") as file:

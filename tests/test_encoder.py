@@ -1,6 +1,7 @@
 """Encoding against its definition, the longest token at each position (longest_match.py)."""
 
 import random
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -133,6 +134,30 @@ def test_threads_encode_different_texts_at_once(world, definition):
         for _ in range(5):
             results = list(pool.map(world.encode_array, parts))
             assert [ids.tolist() for ids in results] == expected
+
+
+def test_a_text_that_changes_meanwhile_spoils_no_other():
+    # Two threads, one of which writes to the text that the other encodes: whatever ids that gives, what the encoder
+    # keeps of it must be right for the next text.
+    rng = np.random.default_rng(8)
+    text = rng.integers(ord("a"), ord("q"), 60_000, dtype=np.uint8)
+    text[::7] = ord(" ")
+    change = np.where(text == ord(" "), 0, 1).astype(np.uint8)
+    texts = [text.copy(), text ^ change]
+    tokenizer, done = WorldTokenizer(), threading.Event()
+
+    def write():
+        while not done.is_set():
+            np.bitwise_xor(text, change, out=text)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    for _ in range(1000):
+        tokenizer.encode_array(text)
+    done.set()
+    writer.join()
+    for text in texts:
+        np.testing.assert_array_equal(tokenizer.encode_array(text), WorldTokenizer().encode_array(text))
 
 
 def write_vocabulary(path, tokens):
