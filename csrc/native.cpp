@@ -147,7 +147,7 @@ py::bytes decode_ids(const Tokenizer& tokenizer, const Id* ids, size_t count) {
 
 template <typename Id>
 py::bytes decode_array(const Tokenizer& tokenizer, const py::array& array) {
-  const auto ids = py::array_t<Id, py::array::c_style | py::array::forcecast>::ensure(array);
+  const py::array_t<Id, py::array::c_style | py::array::forcecast> ids(array);  // MemoryError if a copy finds no room
   return decode_ids(tokenizer, ids.data(), static_cast<size_t>(ids.size()));
 }
 

@@ -217,3 +217,36 @@ def test_small_vocabulary_in_threads(tmp_path):
     rng = random.Random(3)
     text = bytes(rng.choices(b"ab", k=900_000))
     np.testing.assert_array_equal(tokenizer.encode_array(text, threads=3), tokenizer.encode_array(text))
+
+
+def test_text_that_changes_while_it_is_encoded_spoils_no_later_one():
+    tokenizer, rng = WorldTokenizer(), random.Random(5)
+    words = [f"{rng.randrange(10)}{rng.choice(('fox', 'quick', 'zebra', 'text'))}".encode() for _ in range(40_000)]
+    first, second = (np.frombuffer(b"".join(rng.sample(words, len(words)))[:120_000], np.uint8) for _ in range(2))
+    text = first.copy()
+    stop = threading.Event()
+
+    def change():
+        while not stop.is_set():
+            text[:] = second
+            text[:] = first
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        for _ in range(300):
+            tokenizer.encode_array(text)
+    finally:
+        stop.set()
+        thread.join()
+    for whole in (first, second):
+        assert tokenizer.decode_bytes(tokenizer.encode_array(whole)) == whole.tobytes()
+
+
+def test_more_threads_than_memory(world):
+    assert world.encode_array("Today is", threads=10**15).tolist() == [33520, 4600]
+
+
+def test_decoding_an_array_whose_copy_finds_no_room(world):
+    with pytest.raises(MemoryError):
+        world.decode_bytes(np.broadcast_to(np.uint32(5), (1 << 50,)))

@@ -47,7 +47,7 @@ void BatchEncoder::cut(const Encoder& encoder, std::string_view text) {
 }
 
 BatchEncoder::BatchEncoder(const Encoder& encoder, const std::vector<std::string_view>& texts, size_t threads)
-    : threads_(std::max<size_t>(threads, 1)), tasks_(1, 0), ids_(threads_) {
+    : tasks_(1, 0) {
   std::vector<size_t> first_piece;
   size_t bytes = 0;  // of the task that is not full yet
   for (const std::string_view text : texts) {
@@ -61,6 +61,8 @@ BatchEncoder::BatchEncoder(const Encoder& encoder, const std::vector<std::string
     }
   }
   if (tasks_.back() < pieces_.size()) tasks_.push_back(pieces_.size());
+  threads_ = std::clamp<size_t>(tasks_.size() - 1, 1, std::max<size_t>(threads, 1));
+  ids_.resize(threads_);
 
   share_tasks(tasks_.size() - 1, threads_, [&](size_t thread, size_t task) {
     const Encoder::Memo memo(encoder);

@@ -47,7 +47,15 @@ inline void Encoder::recall_segment(Run& run, size_t end) const {
     return;
   }
   const uint16_t* first = run.out;
-  match_tokens(run, end);
+  // From a copy, not from the text, which a careless caller may change meanwhile: an entry must never be wrong.
+  uint8_t copy[sizeof bytes];
+  std::memcpy(copy, bytes, sizeof bytes);
+  for (size_t at = 0; at < length;) {
+    const Match match = longest_match(cells_, copy + at, length - at);
+    *run.out++ = match.id;
+    at += match.length;
+  }
+  run.start = end;
   const size_t count = static_cast<size_t>(run.out - first);
   if (count > Entry::kMaxIds) return;
   std::memcpy(entry.bytes, bytes, sizeof bytes);
