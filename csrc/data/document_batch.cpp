@@ -49,31 +49,72 @@ bool decodes_to(const Vocabulary& vocabulary, const uint16_t* ids, const uint16_
   return difference == 0 && at == text_end;
 }
 
-// False where the ids are not a document's: they are taken back.
-bool add_document(const Encoder& encoder, const Encoder::Memo& memo, std::string_view text,
-                  const BatchOptions& options, DocumentBatch& batch) {
-  if (options.drop_blank && is_blank(text)) {
-    ++batch.dropped;
+// Texts that are encoded together and then verified together, so that neither's tables push the other's out of the
+// cache with every document.
+class Documents {
+ public:
+  static constexpr size_t kTogether = size_t{1} << 18;  // bytes
+
+  Documents(const Encoder& encoder, const BatchOptions& options, DocumentBatch& batch)
+      : encoder_(encoder), memo_(encoder), options_(options), batch_(batch) {}
+
+  // Adds the text of a line that begins at `position`; the text must stay until finish().
+  void add(std::string_view text, size_t position) {
+    if (options_.drop_blank && is_blank(text)) {
+      ++batch_.dropped;
+      return;
+    }
+    waiting_.push_back({text, batch_.lines, position, batch_.dropped, 0});
+    bytes_ += text.size();
+  }
+
+  bool are_enough() const { return bytes_ >= kTogether; }
+
+  // Encodes what was added. False where the ids of a text are not a document's: the batch then ends before it.
+  bool finish() {
+    size_t first = batch_.ids.size();
+    for (Waiting& one : waiting_) {
+      encoder_.encode(one.text, batch_.ids, memo_);
+      one.end = batch_.ids.size();
+      if (!options_.end_of_document) continue;
+      uint16_t* end = batch_.ids.room(1);
+      *end = 0;
+      batch_.ids.set_end(end + 1);
+    }
+    for (const Waiting& one : waiting_) {
+      const uint16_t* ids = batch_.ids.data();
+      const size_t size = one.end - first + options_.end_of_document;
+      if (size > std::numeric_limits<int32_t>::max() ||
+          !decodes_to(encoder_.vocabulary(), ids + first, ids + one.end, one.text)) {
+        batch_.ids.set_end(ids + first);
+        batch_.lines = one.line;
+        batch_.position = one.position;
+        batch_.dropped = one.dropped;
+        return false;
+      }
+      batch_.sizes.push_back(static_cast<int32_t>(size));
+      batch_.text_bytes += one.text.size();
+      first += size;
+    }
+    waiting_.clear();
+    bytes_ = 0;
     return true;
   }
-  const size_t first = batch.ids.size();
-  encoder.encode(text, batch.ids, memo);
-  if (options.end_of_document) {
-    uint16_t* end = batch.ids.room(1);
-    *end = 0;
-    batch.ids.set_end(end + 1);
-  }
-  const size_t size = batch.ids.size() - first;
-  const uint16_t* ids = batch.ids.data() + first;
-  if (size > std::numeric_limits<int32_t>::max() ||
-      !decodes_to(encoder.vocabulary(), ids, ids + size - options.end_of_document, text)) {
-    batch.ids.set_end(ids);
-    return false;
-  }
-  batch.sizes.push_back(static_cast<int32_t>(size));
-  batch.text_bytes += text.size();
-  return true;
-}
+
+ private:
+  struct Waiting {
+    std::string_view text;
+    size_t line, position, dropped;  // of the batch when it came
+    size_t end;                      // of its ids
+  };
+
+  const Encoder& encoder_;
+  const Encoder::Memo memo_;
+  const BatchOptions& options_;
+  DocumentBatch& batch_;
+  std::vector<Waiting> waiting_;
+  size_t bytes_ = 0;
+};
 
 bool is_passed_over(std::string_view line) { return line.find_first_not_of(" \t\r") == std::string_view::npos; }
 
@@ -103,8 +144,8 @@ bool is_blank(std::string_view text) {
 
 DocumentBatch encode_lines(const Encoder& encoder, std::string_view lines, size_t position, std::string_view key,
                            const BatchOptions& options) {
-  const Encoder::Memo memo(encoder);
   DocumentBatch batch;
+  Documents documents(encoder, options, batch);
   JsonRecord record(options.use_vectors);
   while (position < lines.size()) {
     const char* begin = lines.data() + position;
@@ -115,25 +156,32 @@ DocumentBatch encode_lines(const Encoder& encoder, std::string_view lines, size_
     std::string_view text;
     if (!is_passed_over(line)) {
       if (!is_utf8(line, options.use_vectors) || !record.read(line, key, text)) break;
-      if (!add_document(encoder, memo, text, options, batch)) break;
+      documents.add(text, position);
     }
     ++batch.lines;
     position += std::min(length + 1, rest);
+    if (documents.are_enough()) {
+      if (!documents.finish()) return batch;
+      record.clear();
+    }
   }
-  batch.position = position;
+  if (documents.finish()) batch.position = position;
   return batch;
 }
 
 DocumentBatch encode_texts(const Encoder& encoder, std::string_view data, const int64_t* offsets, size_t first,
                            size_t count, const BatchOptions& options) {
-  const Encoder::Memo memo(encoder);
   DocumentBatch batch;
+  Documents documents(encoder, options, batch);
   for (size_t i = first; i < count; ++i) {
     const auto begin = static_cast<size_t>(offsets[i]);
     const std::string_view text = data.substr(begin, static_cast<size_t>(offsets[i + 1]) - begin);
-    if (!is_utf8(text, options.use_vectors) || !add_document(encoder, memo, text, options, batch)) break;
+    if (!is_utf8(text, options.use_vectors)) break;
+    documents.add(text, begin);
     ++batch.lines;
+    if (documents.are_enough() && !documents.finish()) return batch;
   }
+  documents.finish();
   return batch;
 }
 

@@ -12,6 +12,7 @@ namespace rwkv {
 namespace {
 
 constexpr size_t kVector = 16;
+constexpr size_t kBlock = size_t{1} << 19;  // bytes
 constexpr int kMaxDepth = 64;
 constexpr ptrdiff_t kMaxNumber = 600;  // characters: below the least limit of digits that Python can be told
 
@@ -289,20 +290,30 @@ struct Walk {
 }  // namespace
 
 char* JsonRecord::Scratch::room(size_t count) {
-  if (count > size) {
-    const size_t grown = std::max(count, size + size / 2);
-    size = 0;
-    bytes.reset();  // what it held is not needed, and need not lie beside what takes its place
-    bytes.reset(new char[grown]);
-    size = grown;
+  if (size_ - used_ < count) {
+    const size_t size = std::max(count, kBlock);
+    blocks_.push_back(std::unique_ptr<char[]>(new char[size]));
+    size_ = size;
+    used_ = 0;
   }
-  return bytes.get();
+  return blocks_.back().get() + used_;
+}
+
+void JsonRecord::Scratch::clear() {
+  if (blocks_.size() > 1) {
+    blocks_.clear();
+    size_ = 0;
+  }
+  used_ = 0;
 }
 
 bool JsonRecord::read(std::string_view line, std::string_view key, std::string_view& text) {
   const char* end = line.data() + line.size();
-  if (use_vectors_) return Walk<true>{line.data(), end}.read_record(key, key_, text_, text);
-  return Walk<false>{line.data(), end}.read_record(key, key_, text_, text);
+  const bool accepted = use_vectors_ ? Walk<true>{line.data(), end}.read_record(key, key_, texts_, text)
+                                     : Walk<false>{line.data(), end}.read_record(key, key_, texts_, text);
+  const bool is_copy = accepted && (text.data() < line.data() || text.data() >= end);
+  if (is_copy) texts_.keep(text.size());
+  return accepted;
 }
 
 }  // namespace rwkv

@@ -12,6 +12,7 @@ from rwkv_ext.data.build_summary import prime_lines
 from rwkv_ext.data.documents import INVALID_UTF8
 from rwkv_ext.data.shards import hold_out, merge, split_evenly
 from rwkv_ext.data.token_stream import TokenStream, find_shards
+from rwkv_ext.host_memory import keep_freed_memory
 from rwkv_ext.tokenizer import WorldTokenizer
 
 BUILD_HELP = """Write OUT.bin and OUT.idx: one document for each line of a .jsonl file, each row of a .parquet file and
@@ -107,6 +108,7 @@ def _build(args) -> int:
     if is_input or out.is_dir():
         advice = "give it last, such as data/corpus"
         raise ValueError(f"OUT must be the name of a shard, got {out}, which looks like an input; {advice}")
+    keep_freed_memory()  # every piece of the input needs as much as the one before
     summary = build(
         args.inputs,
         out,

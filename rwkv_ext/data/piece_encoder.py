@@ -72,19 +72,17 @@ class PieceEncoder:
         return encoded
 
     def _add_lines(self, piece: Lines, encoded: Encoded) -> None:
-        data, position = piece.data, 0
+        data, size, position = piece.data, piece.size, 0
         encoded.end = piece.end
-        while position < len(data):
+        while position < size:
             if self.is_native:
-                position = self._take(
-                    encoded,
-                    native().encode_lines(
-                        self.tokenizer._native, data, position, self.text_key, self.eod, self.drop_empty
-                    ),
-                )
-                if position == len(data):
+                lines = memoryview(data)[:size]
+                options = (self.text_key, self.eod, self.drop_empty)
+                batch = native().encode_lines(self.tokenizer._native, lines, position, *options)
+                position = self._take(encoded, batch)
+                if position == size:
                     break
-            stop = data.find(b"\n", position) + 1 or len(data)
+            stop = data.find(b"\n", position, size) + 1 or size
             line, offset = bytes(data[position:stop]), piece.offset + position
             end = piece.end if piece.is_compressed else piece.offset + stop
             index = encoded.lines
