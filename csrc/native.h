@@ -27,17 +27,19 @@ struct Tokenizer {
 inline std::string type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }
 
 // A view of any object with contiguous bytes: bytes, bytearray, memoryview, an array; keeps them alive. What may be
-// written to is copied: if another thread changed it under an encoder, its memo would keep ids of bytes that never were.
+// written to is copied, unless it is the library's own: if another thread changed it under an encoder, the memo would
+// keep ids of bytes that never were.
 class BytesView {
  public:
   explicit BytesView(const py::object& object, const std::string& need = "encode_bytes: data must be contiguous bytes",
-                     const std::string& advice = "; use encode() for a str") {
+                     const std::string& advice = "; use encode() for a str", bool is_own = false) {
     if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_SIMPLE) != 0) {
       PyErr_Clear();
       throw py::type_error(need + ", got " + type_name(object) + advice);
     }
+    is_copied_ = !view_.readonly && !is_own;
     try {
-      if (!view_.readonly) copy_.assign(static_cast<const char*>(view_.buf), static_cast<size_t>(view_.len));
+      if (is_copied_) copy_.assign(static_cast<const char*>(view_.buf), static_cast<size_t>(view_.len));
     } catch (...) {
       PyBuffer_Release(&view_);
       throw;
@@ -47,12 +49,13 @@ class BytesView {
   BytesView(const BytesView&) = delete;
   BytesView& operator=(const BytesView&) = delete;
   std::string_view view() const {
-    if (!view_.readonly) return copy_;
+    if (is_copied_) return copy_;
     return {static_cast<const char*>(view_.buf), static_cast<size_t>(view_.len)};
   }
 
  private:
   Py_buffer view_;
+  bool is_copied_ = false;
   std::string copy_;
 };
 
