@@ -26,37 +26,25 @@ struct Tokenizer {
 
 inline std::string type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }
 
-// A view of any object with contiguous bytes: bytes, bytearray, memoryview, an array; keeps them alive. What may be
-// written to is copied, unless it is the library's own: if another thread changed it under an encoder, the memo would
-// keep ids of bytes that never were.
+// A view of any object with contiguous bytes: bytes, bytearray, memoryview, an array; keeps them alive.
 class BytesView {
  public:
   explicit BytesView(const py::object& object, const std::string& need = "encode_bytes: data must be contiguous bytes",
-                     const std::string& advice = "; use encode() for a str", bool is_own = false) {
+                     const std::string& advice = "; use encode() for a str") {
     if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_SIMPLE) != 0) {
       PyErr_Clear();
       throw py::type_error(need + ", got " + type_name(object) + advice);
-    }
-    is_copied_ = !view_.readonly && !is_own;
-    try {
-      if (is_copied_) copy_.assign(static_cast<const char*>(view_.buf), static_cast<size_t>(view_.len));
-    } catch (...) {
-      PyBuffer_Release(&view_);
-      throw;
     }
   }
   ~BytesView() { PyBuffer_Release(&view_); }
   BytesView(const BytesView&) = delete;
   BytesView& operator=(const BytesView&) = delete;
   std::string_view view() const {
-    if (is_copied_) return copy_;
     return {static_cast<const char*>(view_.buf), static_cast<size_t>(view_.len)};
   }
 
  private:
   Py_buffer view_;
-  bool is_copied_ = false;
-  std::string copy_;
 };
 
 // One id as int64; an id beyond that is out of range as well and is named in full.

@@ -69,7 +69,7 @@ void bind_lines(py::module_& module) {
       "encode_lines",
       [](const Tokenizer& tokenizer, const py::object& data, size_t position, const std::string& key, bool eod,
          bool drop_blank, bool use_vectors) {
-        const BytesView lines(data, "encode_lines: lines must be contiguous bytes", "", true);
+        const BytesView lines(data, "encode_lines: lines must be contiguous bytes", "");
         rwkv::DocumentBatch batch;
         {
           const py::gil_scoped_release unlock;
@@ -84,7 +84,7 @@ void bind_lines(py::module_& module) {
       "encode_texts",
       [](const Tokenizer& tokenizer, const py::object& data, const py::array_t<int64_t, py::array::c_style>& offsets,
          size_t first, bool eod, bool drop_blank, bool use_vectors) {
-        const BytesView texts(data, "encode_texts: data must be contiguous bytes", "", true);
+        const BytesView texts(data, "encode_texts: data must be contiguous bytes", "");
         check_texts(offsets, texts.view().size());
         rwkv::DocumentBatch batch;
         {

@@ -224,6 +224,7 @@ def test_text_that_changes_while_it_is_encoded_spoils_no_later_one():
     words = [f"{rng.randrange(10)}{rng.choice(('fox', 'quick', 'zebra', 'text'))}".encode() for _ in range(40_000)]
     first, second = (np.frombuffer(b"".join(rng.sample(words, len(words)))[:120_000], np.uint8) for _ in range(2))
     text = first.copy()
+    view = memoryview(text).toreadonly()  # as a map of a file that another program writes
     stop = threading.Event()
 
     def change():
@@ -235,7 +236,7 @@ def test_text_that_changes_while_it_is_encoded_spoils_no_later_one():
     thread.start()
     try:
         for _ in range(300):
-            tokenizer.encode_array(text)
+            tokenizer.encode_array(view)
     finally:
         stop.set()
         thread.join()
