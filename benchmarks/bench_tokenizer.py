@@ -244,7 +244,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=3, help="of each text, at most")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--only", default="", help="texts whose name holds this")
+    parser.add_argument("--only", nargs="+", default=[""], help="texts whose name begins so")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--output", type=Path, help="write the report there as well")
     options = parser.parse_args()
@@ -254,7 +254,7 @@ def main():
     trie = PointerTrie(world)
     rows = {section: [] for section in options.sections}
     for name, text in read_texts(int(options.megabytes * 1e6)).items():
-        if options.only not in name:
+        if not name.startswith(tuple(options.only)):
             continue
         ids = check(text, world, trie, rust)
         benches = {

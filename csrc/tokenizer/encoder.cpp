@@ -22,10 +22,10 @@ Encoder::Encoder(const Vocabulary& vocabulary, bool use_vectors)
       cells_(vocabulary_.cells()),
       boundaries_(vocabulary_.boundary_tables(), use_vectors) {}
 
-// Encodes at least up to `end` where a token ends there; a longer token may end behind it.
-inline void Encoder::match_tokens(Run& run, size_t end) const {
+// Encodes at least up to `end` with tokens that end at or before `limit`.
+inline void Encoder::match_tokens(Run& run, size_t end, size_t limit) const {
   while (run.start < end) {
-    const Match match = longest_match(cells_, run.text + run.start, run.size - run.start);
+    const Match match = longest_match(cells_, run.text + run.start, limit - run.start);
     *run.out++ = match.id;
     run.start += match.length;
   }
@@ -69,7 +69,7 @@ inline void Encoder::encode_segment(Run& run, size_t end) const {
   const size_t length = end - run.start;
   if (length - 1 < ShortEntry::kMaxBytes) return recall_segment<ShortEntry>(run, end);
   if (length - 1 < LongEntry::kMaxBytes) return recall_segment<LongEntry>(run, end);
-  match_tokens(run, end);
+  match_tokens(run, end, end);
 }
 
 // Encodes the segments that end at or before `end`. Reads up to kReadAhead bytes behind it.
@@ -81,7 +81,7 @@ void Encoder::encode_segments(Run& run, size_t end) const {
       encode_segment(run, block + static_cast<size_t>(__builtin_ctzll(boundaries)) + 1);
     }
     // What no boundary cuts, such as a run of spaces, goes token by token, so that little is ever left open.
-    if (block + kBlock - run.start > kLongSegment && block + kBlock > run.start) match_tokens(run, block);
+    if (block + kBlock - run.start > kLongSegment && block + kBlock > run.start) match_tokens(run, block, run.size);
   }
 }
 
@@ -131,7 +131,7 @@ void Encoder::encode(std::string_view text, IdBuffer& ids, const Memo& memo) con
   const size_t rest = run.size - run.start;
   run.out = ids.room(rest + kSlack);
   if (rest > kLastBytes) {
-    match_tokens(run, run.size);
+    match_tokens(run, run.size, run.size);
     ids.set_end(run.out);
   } else if (rest > 0) {
     uint8_t copy[kLastBytes + kReadAhead] = {};

@@ -66,7 +66,7 @@ class Encoder {
   template <typename Entry>
   void recall_segment(Run& run, size_t end) const;
   void encode_segment(Run& run, size_t end) const;
-  void match_tokens(Run& run, size_t end) const;
+  void match_tokens(Run& run, size_t end, size_t limit) const;
 
   Vocabulary vocabulary_;
   const MatchCell* cells_;
