@@ -1,6 +1,7 @@
 """Shuffled, unique and split documents against the plain definitions, whatever the bounds of memory and threads."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ TEXTS[50] = TEXTS[51] = ""
 
 
 @pytest.fixture
-def corpus(tmp_path):
+def corpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # takes long, and nothing here needs it
     path = tmp_path / "in.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     return path

@@ -187,6 +187,24 @@ def test_interrupted_and_full_disk_keep_what_is_finished(tmp_path, world, small,
     assert content(folder) == content(tmp_path / "whole")
 
 
+def test_ctrl_c_keeps_what_is_finished(tmp_path, world, small, inputs, monkeypatch):
+    run(inputs, tmp_path / "whole", world)
+    write, left = document_store.DocumentStore._write, list(range(9))
+
+    def interrupted(*arguments):
+        if not left:
+            signal.raise_signal(signal.SIGINT)
+        left.pop()
+        write(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(document_store.DocumentStore, "_write", interrupted)
+        run(inputs, tmp_path / "stopped", world)
+    assert [path.name for path in (tmp_path / "stopped").iterdir()] == [".out.building"]
+    run(inputs, tmp_path / "stopped", world)
+    assert content(tmp_path / "stopped") == content(tmp_path / "whole")
+
+
 def test_broken_input_leaves_nothing(tmp_path, world, small, inputs):
     with (tmp_path / "in" / "a.jsonl").open("a") as file:
         file.write("[]\n")

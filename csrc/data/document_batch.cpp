@@ -14,6 +14,8 @@
 namespace rwkv {
 namespace {
 
+constexpr size_t kUsualBytes = 3;  // of a line for each token: room that is not used costs nothing
+
 constexpr ptrdiff_t kPrefix = sizeof(TokenPrefix);
 
 // Not zero if the first `length` bytes, at most kPrefix, differ. Reads kPrefix bytes of the text.
@@ -147,6 +149,7 @@ DocumentBatch encode_lines(const Encoder& encoder, std::string_view lines, size_
   DocumentBatch batch;
   Documents documents(encoder, options, batch);
   JsonRecord record(options.use_vectors);
+  batch.ids.room((lines.size() - position) / kUsualBytes);
   while (position < lines.size()) {
     const char* begin = lines.data() + position;
     const size_t rest = lines.size() - position;
