@@ -133,8 +133,9 @@ def test_file_that_gets_shorter(tmp_path, small_pieces):
     loaded = source.pieces("text")
     next(loaded)
     path.write_bytes(path.read_bytes()[:150])
-    with pytest.raises(ValueError, match="a.jsonl: must not change while it is read, got shorter; run it again"):
-        next(loaded).load()
+    for _ in range(2):  # one piece is cut off, the next is gone
+        with pytest.raises(ValueError, match="a.jsonl: must not change while it is read, got shorter; run it again"):
+            next(loaded).load()
 
 
 def test_empty_documents_are_dropped_on_request(tmp_path, world):

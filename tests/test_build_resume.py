@@ -1,11 +1,13 @@
 """A build that is killed anywhere leaves nothing or everything, and the same call completes it, byte for byte."""
 
 import gzip
+import io
 import json
 import multiprocessing
 import os
 import random
 import signal
+import sys
 import time
 
 import pytest
@@ -145,6 +147,46 @@ def test_other_inputs_or_options_begin_anew(tmp_path, world, small, inputs, caps
     assert "beginning anew" in capsys.readouterr().err
     build(inputs, tmp_path / "longer", tokenizer=world, show_progress=False)
     assert out.with_suffix(".bin").read_bytes() == (tmp_path / "longer.bin").read_bytes()
+
+
+def test_another_standard_input_is_another_build(tmp_path, world, small, monkeypatch):
+    def read(text, out):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(json.dumps({"text": text}).encode())))
+        build(["-"], out, tokenizer=world, shuffle=True, show_progress=False)
+
+    def killed():
+        Step(1).before(build_task.BuildTask, "_arrange")
+        read("first", tmp_path / "out")
+
+    assert not run_until_killed(killed)
+    read("second", tmp_path / "out")
+    read("second", tmp_path / "whole")
+    assert (tmp_path / "out.bin").read_bytes() == (tmp_path / "whole.bin").read_bytes()
+
+
+def test_names_are_given_from_another_working_folder(tmp_path, world, small, inputs, monkeypatch):
+    options = {"tokenizer": world, "shard_tokens": 300, "overwrite": True, "show_progress": False}
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path)
+    build(inputs, "below/out", **{**options, "shard_tokens": 150})
+
+    def killed():
+        Step(1).before(build_task.BuildTask, "_publish")
+        build(inputs, "below/out", **options)
+
+    assert not run_until_killed(killed)
+    monkeypatch.chdir(tmp_path / "below")
+    summary = build(inputs, "out", **options)
+    assert content(tmp_path / "below").keys() == {file.name for shard in summary.shards for file in shard_files(shard)}
+    shards = build(inputs, "whole", **options).shards
+    for name, other in zip(summary.shards, shards, strict=True):
+        assert [file.read_bytes() for file in shard_files(name)] == [file.read_bytes() for file in shard_files(other)]
+
+
+def test_link_to_nothing_in_the_place_of_the_folder(tmp_path, world, inputs):
+    (tmp_path / ".out.building").symlink_to(tmp_path / "nothing")
+    with pytest.raises(OSError, match="cannot create the shard"):
+        build(inputs, tmp_path / "out", tokenizer=world)
 
 
 def test_what_is_gone_on_with_is_said(tmp_path, world, small, inputs, capsys):

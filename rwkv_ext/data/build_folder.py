@@ -52,11 +52,11 @@ class BuildFolder:
 
     def write(self, record: dict) -> None:
         """Add a record; what it speaks of must be on the disk."""
+        sync_folder(self.path)  # the names of those files
         line = json.dumps(record).encode() + b"\n"
         while line:
             line = line[self._journal.write(line) :]
         os.fsync(self._journal.fileno())
-        sync_folder(self.path)
         self.record = record
 
     def _take_lock(self) -> int:
@@ -65,8 +65,10 @@ class BuildFolder:
                 os.mkdir(self.path)
             try:
                 descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-            except FileNotFoundError:  # another process has just removed the folder
-                continue
+            except FileNotFoundError:
+                if self.path.is_symlink():  # to nothing
+                    raise
+                continue  # another process has just removed the folder
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 with contextlib.suppress(FileNotFoundError):

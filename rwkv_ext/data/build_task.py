@@ -13,7 +13,6 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -251,7 +250,7 @@ class BuildTask:
 
     def _finish(self, store: DocumentStore) -> None:
         """Write the last index and the record after which only names are missing."""
-        summary, name = self.summary, str(self.folder.bin_path)[: -len(".bin")]
+        summary, name = self.summary, self.folder.name
         summary.documents, summary.tokens = store.n_documents, store.n_tokens
         summary.end_of_documents = store.n_documents if self.encoder.eod else 0
         with self._explained(store):
@@ -260,16 +259,19 @@ class BuildTask:
             names = [name]
             if self.arrangement.shard_tokens is not None:
                 names = [f"{name}-{number:05d}-of-{len(stems):05d}" for number in range(len(stems))]
-            summary.shards = names
             self._check_free()  # another program may have been faster
-            old = [str(path) for path in self._taken() if str(path)[: -len(".bin")] not in names]
+            old = [path.name for path in self._taken() if path.name[: -len(".bin")] not in names]
             self._write_record("publish", shards=list(zip(stems, names, strict=True)), old=old)
 
     def _publish(self) -> None:
         """Give the files their names. What has its name already is left as it is."""
-        for path in self.record["old"]:
-            Path(path).unlink(missing_ok=True)
-        shards = [(*shard_files(self.folder.path / stem), *shard_files(name)) for stem, name in self.record["shards"]]
+        beside = self.folder.bin_path.with_name  # the journal has no folders: this process may work in another one
+        for name in self.record["old"]:
+            beside(name).unlink(missing_ok=True)
+        shards = [
+            (*shard_files(self.folder.path / stem), *shard_files(beside(name))) for stem, name in self.record["shards"]
+        ]
+        self.summary.shards = [str(beside(name)) for _, name in self.record["shards"]]
         for made_bin, _, bin_path, idx_path in shards:
             if made_bin.exists():
                 # Between the renames there is no index at all rather than one that belongs to other tokens.

@@ -56,7 +56,7 @@ class LineRange:
                 data.extend(bytes(size - len(data)))
             file.seek(begin)
             if _fill(file, data, size) < size:
-                raise ValueError(f"{self.path}: must not change while it is read, got shorter; run it again")
+                raise self._shorter()
             while size and data[size - 1] != ord("\n") and (more := file.read(_SEARCHED)):
                 more = more[: more.find(b"\n") + 1] or more
                 data[size : size + len(more)] = more
@@ -70,12 +70,15 @@ class LineRange:
         while 0 <= at < self.end:
             block = file.read(_SEARCHED)
             if not block:
-                return self.end
+                raise self._shorter()
             found = block.find(b"\n")
             if found >= 0:
                 return min(at + found + 1, self.end)
             at += len(block)
         return max(0, min(at, self.end))
+
+    def _shorter(self) -> ValueError:
+        return ValueError(f"{self.path}: must not change while it is read, got shorter; run it again")
 
 
 @dataclass
