@@ -3,6 +3,8 @@
 With clang the driver is its libFuzzer, elsewhere driver.cpp; both take the same options. What is built is kept.
 """
 
+import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +18,16 @@ TARGETS = sorted(path.stem for path in FOLDER.glob("*.cpp") if path.stem not in 
 PYTHON_TARGETS = ["index_file"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 WORLD = ROOT / "rwkv_ext" / "vocabulary" / "rwkv_vocab_v20230424.txt"
+
+
+def makes_libfuzzer(command: str) -> bool:
+    """Tell whether a compiler is there and comes with libFuzzer, which is a package of its own in places."""
+    source = 'extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { return 0; }'
+    options = ["-fsanitize=fuzzer", "-x", "c++", "-", "-o", os.devnull]
+    return (
+        bool(shutil.which(command))
+        and not subprocess.run([command, *options], input=source, text=True, capture_output=True).returncode
+    )
 
 
 def has_libfuzzer() -> bool:

@@ -9,7 +9,6 @@ import argparse
 import os
 import random
 import re
-import shutil
 import subprocess
 import sys
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -70,8 +69,8 @@ def main() -> int:
         parser.error(f"TARGET must be one of {' '.join(known)}, got {' '.join(sorted(unknown))}")
     targets = options.targets or known
 
-    if "CXX" not in os.environ and shutil.which("clang++"):
-        os.environ["CXX"] = "clang++"  # its libFuzzer
+    if "CXX" not in os.environ and programs.makes_libfuzzer("clang++"):
+        os.environ["CXX"] = "clang++"
     compiled = [x for x in targets if x in programs.TARGETS]
     commands = programs.build(compiled, options.jobs) if compiled else {}
     commands |= {x: programs.python_command(x) for x in targets if x in programs.PYTHON_TARGETS}
