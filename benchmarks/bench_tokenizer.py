@@ -109,6 +109,7 @@ def check(text: bytes, world: WorldTokenizer, trie: PointerTrie, rust) -> np.nda
         ("pyrwkv-tokenizer", rust.encode(text.decode()), ids),
         ("the list", world.encode(text.decode()), ids),
         ("a second time", world.encode_array(text), ids),
+        ("the stream", np.concatenate(encode_chunks(world, text, 4096)), ids),
         ("two threads", world.encode_array(text * 2, threads=2), world.encode_array(text * 2)),
         ("the batch", packed, np.concatenate([world.encode_array(document) for document in documents])),
         ("pyrwkv-tokenizer's batch", np.concatenate(rust.encode_batch(documents)), packed),
@@ -192,6 +193,21 @@ def bench_decoding(text: bytes, ids: np.ndarray, world: WorldTokenizer, rust, ro
     ]
 
 
+def encode_chunks(world: WorldTokenizer, text: bytes, size: int) -> list[np.ndarray]:
+    stream = world.stream_encoder()
+    return [*(stream.push(text[at : at + size]) for at in range(0, len(text), size)), stream.flush()]
+
+
+def bench_streams(text: bytes, world: WorldTokenizer, rounds: int) -> list:
+    functions = {
+        "whole": lambda: lambda: world.encode_array(text),
+        "64 KiB": lambda: lambda: encode_chunks(world, text, 65536),
+        "4 KiB": lambda: lambda: encode_chunks(world, text, 4096),
+    }
+    speed = {name: len(text) / seconds / 1e6 for name, seconds in best_seconds(functions, rounds).items()}
+    return [*(f"{speed[name]:.0f}" for name in functions), speed["64 KiB"] / speed["whole"]]
+
+
 def bench_loading(rounds: int) -> str:
     functions = {
         "compiled": lambda: WorldTokenizer,
@@ -207,8 +223,8 @@ SECTIONS = {
     "encode": (
         "Encoding",
         "MB/s of text, one thread. first: encode_array by a tokenizer that has encoded nothing yet (its memo is "
-        "empty; text and tables are in the caches, as for the others); again: by one that has encoded this text before; list: encode(str) -> list, again; trie: "
-        "benchmarks/pointer_trie.cpp, g++ -O3, into a NumPy array; Rust: pyrwkv-tokenizer, which gives lists alone.",
+        "empty; text and tables are in the caches, as for the others); again: by one that has encoded this text before; "
+        "list: encode(str) -> list, again; trie: benchmarks/pointer_trie.cpp, g++ -O3, into a NumPy array; Rust: pyrwkv-tokenizer, which gives lists alone.",
         [
             *("text", "MB", "bytes a token", "first: MB/s", "again: MB/s", "list: MB/s", "trie: MB/s", "Rust: MB/s"),
             *("first / trie", "again / trie", "first / Rust", "again / Rust", "list / Rust"),
@@ -232,6 +248,11 @@ SECTIONS = {
             *("text", "MB", "bytes a token", "one: MB/s", "two: MB/s", "batch: MB/s", "Rust: MB/s", "two / one"),
             "batch / Rust",
         ],
+    ),
+    "streams": (
+        "Text in chunks",
+        "MB/s, one thread, again: encode_array of the whole text; stream_encoder() in chunks of 64 KiB and of 4 KiB.",
+        ["text", "MB", "bytes a token", "whole: MB/s", "64 KiB: MB/s", "4 KiB: MB/s", "64 KiB / whole"],
     ),
 }
 ABOUT = (
@@ -262,6 +283,7 @@ def main():
             "encode": lambda text: bench_encoding(text, world, trie, rust, options.rounds),
             "decode": lambda text, ids=ids: bench_decoding(text, ids, world, rust, options.rounds),
             "threads": lambda text: bench_threads(text, world, rust, min(options.rounds, 5)),
+            "streams": lambda text: bench_streams(text, world, options.rounds),
         }
         for section in options.sections:
             row = [name, f"{len(text) / 1e6:.1f}", len(text) / len(ids), *benches[section](text)]
