@@ -223,8 +223,9 @@ SECTIONS = {
     "encode": (
         "Encoding",
         "MB/s of text, one thread. first: encode_array by a tokenizer that has encoded nothing yet (its memo is "
-        "empty; text and tables are in the caches, as for the others); again: by one that has encoded this text before; "
-        "list: encode(str) -> list, again; trie: benchmarks/pointer_trie.cpp, g++ -O3, into a NumPy array; Rust: pyrwkv-tokenizer, which gives lists alone.",
+        "empty; text and tables are in the caches, as for the others); again: by one that has encoded this text "
+        "before; list: encode(str) -> list, again; trie: benchmarks/pointer_trie.cpp, g++ -O3, into a NumPy array; "
+        "Rust: pyrwkv-tokenizer, which gives lists alone.",
         [
             *("text", "MB", "bytes a token", "first: MB/s", "again: MB/s", "list: MB/s", "trie: MB/s", "Rust: MB/s"),
             *("first / trie", "again / trie", "first / Rust", "again / Rust", "list / Rust"),
