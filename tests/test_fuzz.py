@@ -79,9 +79,9 @@ def test_driver_finds_a_fault_and_keeps_its_input(needle, tmp_path):
 @pytest.mark.skipif(programs.has_libfuzzer(), reason="the compiler has libFuzzer")
 def test_driver_stops_in_time_and_refuses_other_options(needle, tmp_path):
     (tmp_path / "input").write_bytes(b"ke")
-    assert re.search(r"Done 1 runs in 0 second.s., 1 inputs, 0 of them new", run(needle, "-runs=0", tmp_path).stdout)
+    assert re.search(r"Done 1 runs in \d+ second.s., 1 inputs, 0 of them new", run(needle, "-runs=0", tmp_path).stdout)
     done = run(needle, "-max_total_time=1", "-max_len=2", tmp_path)
-    assert done.returncode == 0 and re.search(r"Done \d{4,} runs in 1 second", done.stdout)
+    assert done.returncode == 0 and re.search(r"Done \d{4,} runs in \d second", done.stdout)
     assert run(needle, "-jobs=2").returncode == 2
 
 
@@ -101,9 +101,9 @@ def test_campaign_counts_its_inputs():
     command = [sys.executable, str(programs.FOLDER / "run.py"), "--minutes", "0.02", "--jobs", "1"]
     done = subprocess.run([*command, "index_file"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"index_file +[\d,]{2,} inputs in 1 s\n[\d,]{2,} inputs, none failed\n", done.stdout)
+    assert re.search(r"index_file +[\d,]{2,} inputs in \d+ s\n[\d,]{2,} inputs, none failed\n", done.stdout)
     done = subprocess.run([*command, "nothing"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and re.search("TARGET must be one of decoder .*index_file, got nothing", done.stderr)
+    assert done.returncode == 2 and re.search("TARGET must be one of .*decoder .*index_file, got nothing", done.stderr)
 
 
 def test_campaign_shows_the_last_words_of_a_failure(monkeypatch, tmp_path):

@@ -181,26 +181,26 @@ def test_memory_does_not_grow(world, piece):
 
 
 def test_a_second_thread_is_refused(world):
-    # The first is inside push(), without the lock, for as long as it takes to encode 130 MB.
-    stream, started = world.stream_encoder(), threading.Event()
+    # One is inside push(), without the lock, for as long as it takes to encode 130 MB; whoever comes then is refused.
+    stream, started, messages = world.stream_encoder(), threading.Event(), []
     text = WORLD.read_bytes() * 120
 
-    def push():
+    def push(data):
         started.set()
-        stream.push(text)
-
-    thread = threading.Thread(target=push)
-    thread.start()
-    started.wait()
-    messages = []
-    while thread.is_alive() and not messages:
         try:
-            stream.push("")
+            stream.push(data)
         except RuntimeError as error:
             messages.append(str(error))
+
+    thread = threading.Thread(target=push, args=[text])
+    thread.start()
+    started.wait()
+    while thread.is_alive() and not messages:
+        push("")
     thread.join()
     assert messages == ["push: another thread is using this stream; give each its own"]
-    assert stream.push("Today is").tolist()[-1] == 33520
+    stream.flush()
+    assert stream.push("Today is").tolist() == [33520]
 
 
 def test_a_stream_keeps_its_tokenizer_alive():

@@ -1,4 +1,6 @@
 // Encoder: any bytes, with and without vector code, against the plainest longest match; and back.
+#include <algorithm>
+
 #include "oracle.h"
 #include "tokenizer/decoder.h"
 
@@ -7,6 +9,17 @@ namespace {
 std::vector<uint16_t> encode(const rwkv::Encoder& encoder, std::string_view text) {
   rwkv::IdBuffer ids;
   encoder.encode(text, ids);
+  return fuzz::to_vector(ids);
+}
+
+// Cut where a token must end, behind at least `size` bytes, each part encodes as it does in the whole.
+std::vector<uint16_t> encode_parts(const rwkv::Encoder& encoder, std::string_view text, size_t size) {
+  rwkv::IdBuffer ids;
+  while (!text.empty()) {
+    const size_t end = encoder.find_boundary(text, std::min(size, text.size()));
+    encoder.encode(text.substr(0, end), ids);
+    text.remove_prefix(end);
+  }
   return fuzz::to_vector(ids);
 }
 
@@ -22,6 +35,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   REQUIRE(encode(language.encoder, text) == ids);
   REQUIRE(encode(language.encoder, text) == ids);  // now its words are known
   REQUIRE(encode(language.plain_encoder, text) == ids);
+  REQUIRE(encode_parts(language.encoder, text, 1 + choice) == ids);
   REQUIRE(rwkv::decode(language.vocabulary, ids.data(), ids.size()) == text);
   return 0;
 }
