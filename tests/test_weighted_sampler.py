@@ -61,6 +61,10 @@ def test_weights_that_are_refused():
     for bad in (-1, 0, math.nan, math.inf, -0.0):
         with pytest.raises(ValueError, match=f"weights must be finite numbers above 0, got {bad}; leave out sources"):
             samples_per_period([1, bad])
+    with pytest.raises(ValueError, match="weights must be finite numbers above 0, got 10000"):
+        samples_per_period([10**400, 1])
+    with pytest.raises(ValueError, match="weights must be at least 1/65536 of their sum, inf, got 1e-300"):
+        samples_per_period([1e308, 1e308, 1e-300])
     with pytest.raises(ValueError, match="weights must be at least 1/65536 of their sum, 65536, got 0.99; leave that"):
         samples_per_period([65535.01, 0.99])
 

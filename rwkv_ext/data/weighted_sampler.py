@@ -12,6 +12,7 @@ import hashlib
 import heapq
 import math
 import operator
+import sys
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -31,13 +32,13 @@ def samples_per_period(weights: Sequence[float]) -> list[int]:
     below 1/65,536 of their sum.
     """
     for weight in weights:
-        if not 0 < weight < math.inf:
+        if not 0 < weight <= sys.float_info.max:
             raise ValueError(f"weights must be finite numbers above 0, got {weight}; leave out sources of weight 0")
     written = [Fraction(repr(float(weight))) for weight in weights]  # 0.1 is a tenth
     shares = [weight / sum(written) for weight in written]
     for weight, share in zip(weights, shares, strict=True):
         if share * PERIOD < 1:
-            need = f"at least 1/{PERIOD} of their sum, {float(sum(written)):g}"
+            need = f"at least 1/{PERIOD} of their sum, {sum(map(float, weights)):g}"
             raise ValueError(f"weights must be {need}, got {weight}; leave that source out or join it with another")
     period = math.lcm(*(share.denominator for share in shares))
     if period > PERIOD:
