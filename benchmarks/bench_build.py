@@ -24,6 +24,7 @@ from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
 from rwkv_ext import WorldTokenizer
 from rwkv_ext.data.binidx import shard_files
 from rwkv_ext.data.build import build
+from rwkv_ext.host_memory import keep_freed_memory
 from rwkv_ext.vocabulary import WORLD
 
 DOCUMENT = 4000  # characters
@@ -138,6 +139,7 @@ def main():
     parser.add_argument("--output", type=Path, help="write the report there as well")
     options = parser.parse_args()
     start = header()
+    keep_freed_memory()  # as the command does
     world, trie = WorldTokenizer(), TRIE_TOKENIZER(str(WORLD))
     texts = read_texts(6_000_000)
     rows = []
