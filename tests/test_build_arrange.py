@@ -176,6 +176,14 @@ def test_full_disk_while_documents_are_arranged(tmp_path, world, corpus, monkeyp
     assert len(list(tmp_path.iterdir())) == 5
 
 
+def test_full_disk_for_what_finds_duplicates(tmp_path, world):
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(f'{{"text": "{number}"}}\n' for number in range(300)))  # digests are longer than the ids
+    with largest_file(3000), pytest.raises(OSError, match="cannot write after 300 documents and .* tokens: File too"):
+        build([corpus], tmp_path / "out", tokenizer=world, drop_duplicates=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"corpus.jsonl"}
+
+
 def test_command(tmp_path, world, corpus, capsys):
     arguments = "--shuffle --seed 3 --epochs 2 --shard-tokens 1000 --drop-duplicates --drop-empty --threads 2".split()
     assert cli.main(["data", "build", *arguments, str(corpus), str(tmp_path / "out")]) == 0

@@ -21,7 +21,7 @@ from rwkv_ext.data import pieces
 from rwkv_ext.data.binidx import shard_files
 from rwkv_ext.data.build_folder import BuildFolder
 from rwkv_ext.data.build_summary import Summary
-from rwkv_ext.data.document_store import DocumentStore, open_at, read_blocks
+from rwkv_ext.data.document_store import DocumentStore, abandon, open_at, read_blocks
 from rwkv_ext.data.duplicates import DIGEST, find_duplicates
 from rwkv_ext.data.input_file import STANDARD_INPUT
 from rwkv_ext.data.piece_encoder import Encoded, PieceEncoder
@@ -106,8 +106,11 @@ class BuildTask:
         name, limit = ("encoded", None) if arrangement.is_needed else ("shard", arrangement.shard_tokens)
         with contextlib.closing(DocumentStore(self.folder.path, name, limit, record.get("store"))) as store:
             size = DIGEST.itemsize * store.n_documents if arrangement.drop_duplicates else 0
-            with contextlib.closing(open_at(self.folder.path / "digests", size)) as digests:
+            digests = open_at(self.folder.path / "digests", size)
+            try:
                 self._encode_pieces(store, digests, report)
+            finally:
+                abandon(digests)
             if not store.n_documents:
                 raise ValueError(f"the {len(self.files)} input files must hold a document, got none{self._left_out()}")
             if arrangement.is_needed:

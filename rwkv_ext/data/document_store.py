@@ -73,9 +73,8 @@ class DocumentStore:
         self.sync()
 
     def close(self) -> None:
-        for file in (self._bin, self._idx):
-            with contextlib.suppress(OSError):  # a full disk refuses what is still in the buffer as well
-                file.close()
+        abandon(self._bin)
+        abandon(self._idx)
 
     def files(self) -> list[tuple[Path, Path]]:
         """Return (.bin, .idx) of every shard, in order."""
@@ -111,6 +110,12 @@ def open_at(path: Path, length: int):
         file.close()
         raise
     return file
+
+
+def abandon(file) -> None:
+    """Close a file of which all that counts was synced; a full disk refuses what is still in the buffer as well."""
+    with contextlib.suppress(OSError):
+        file.close()
 
 
 def read_blocks(
