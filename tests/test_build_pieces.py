@@ -152,6 +152,12 @@ def test_empty_documents_are_dropped_on_request(tmp_path, world):
         build([tmp_path / "b.txt"], tmp_path / "none", tokenizer=world, drop_empty=True)
 
 
+def test_key_must_be_utf_8(tmp_path, world):
+    (tmp_path / "a.jsonl").write_text(LINES[0])
+    with pytest.raises(ValueError, match=r"text_key must be UTF-8, got 'caf\\udce9'; is the terminal's encoding"):
+        build([tmp_path / "a.jsonl"], tmp_path / "out", tokenizer=world, text_key="caf\udce9")
+
+
 def test_threads_must_be_a_number(tmp_path, world):
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(ValueError, match="threads must be 1 or more, or None for one a core, got 0"):

@@ -54,6 +54,8 @@ def build(
     begin = time.monotonic()
     if invalid_utf8 not in INVALID_UTF8:
         raise ValueError(f"invalid_utf8 must be one of {', '.join(INVALID_UTF8)}, got {invalid_utf8!r}")
+    if not text_key.isascii() and text_key.encode(errors="replace").decode() != text_key:
+        raise ValueError(f"text_key must be UTF-8, got {text_key!r}; is the terminal's encoding another?")
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be 1 or more, or None for one a core, got {threads}")
     arrangement = Arrangement(shuffle, seed, epochs, drop_duplicates, shard_tokens)
