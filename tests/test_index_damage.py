@@ -22,6 +22,12 @@ def shard(request, tmp_path):
     return tmp_path / "shard", documents
 
 
+def rewrite(path, data):
+    with open(path, "r+b") as file:  # in place: some file systems write what replaces a file to the disk at once
+        file.write(data)
+        file.truncate()
+
+
 def read(prefix):
     """All documents and all tokens, after no other check than opening makes."""
     reader = BinidxReader(prefix)
@@ -31,7 +37,7 @@ def read(prefix):
 
 def check(prefix, path, data, documents):
     """Write `data` to one of the two files; whether the reader refused it."""
-    path.write_bytes(data)
+    rewrite(path, data)
     try:
         found = read(prefix)
     except ValueError as error:
@@ -62,7 +68,7 @@ def test_every_byte_of_the_index(shard):
     whole, rng, n = path.read_bytes(), random.Random(1), len(documents)
     for at, right in enumerate(whole):
         bits = {right ^ 1 << bit for bit in range(8)}
-        some = set(range(256)) if at == 17 else {0, 255, *rng.choices(range(256), k=8)}  # 17: the type of the tokens
+        some = set(range(256)) if at < 34 else {0, 255, *rng.choices(range(256), k=8)}
         wrong = (bits | some) - {right}
         refused = {
             value for value in wrong if check(prefix, path, whole[:at] + bytes([value]) + whole[at + 1 :], documents)
@@ -80,7 +86,7 @@ def test_random_damage_to_the_index(shard):
         for _ in range(rng.choice((2, 3, 8))):
             data[rng.randrange(len(data))] = rng.choice((0, 1, 2, 4, 8, 255, rng.randrange(256)))
         # Two damages may make another shard that is right in itself, of the same tokens: it reads as what it says.
-        path.write_bytes(data)
+        rewrite(path, data)
         try:
             _, tokens = read(prefix)
         except ValueError:
