@@ -122,6 +122,11 @@ def test_folders_are_walked_in_sorted_order(tmp_path):
     ]
     assert found("b/*.py", "*.md") == [*plain[:4], "b/deep/x.py", "b.txt", "d.md", "z.txt"]
     assert found(inputs=(tmp_path / "d.md", tmp_path / "b")) == ["d.md", "b/10.txt", "b/2.txt"]
+    (tmp_path / "lost.md").symlink_to(tmp_path / "nothing")  # matters where it would be read
+    assert found() == plain
+    with pytest.raises(FileNotFoundError, match="lost.md: a link to a file that is not there; mend or remove it"):
+        found("*.md")
+    (tmp_path / "lost.md").unlink()
     with pytest.raises(
         FileNotFoundError, match="nothing: no such file or folder; name .jsonl or text files, or folders"
     ):

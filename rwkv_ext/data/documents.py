@@ -30,7 +30,7 @@ def find_files(inputs: Sequence[str | os.PathLike], include: Sequence[str] = ())
     Folders give *.txt, *.jsonl, both compressed (.gz, .zst), *.parquet and what matches a pattern of `include`: the
     file's name, or its path below the folder where the pattern holds a slash. Hidden entries and links to folders
     are left out. A file named in `inputs` is always taken; "-" is standard input. FileNotFoundError for an input that
-    is not there, ValueError for a folder without such a file.
+    is not there and for such a file that is a link to nothing, ValueError for a folder without such a file.
     """
     patterns = [*FOLDERS_GIVE, *include]
     files = []
@@ -43,6 +43,8 @@ def find_files(inputs: Sequence[str | os.PathLike], include: Sequence[str] = ())
         if not item.is_dir():
             raise FileNotFoundError(f"{item}: no such file or folder; name .jsonl or text files, or folders")
         found = [path for path in _walk(item) if _matches(path.relative_to(item), patterns)]
+        if lost := [path for path in found if not path.exists()]:
+            raise FileNotFoundError(f"{lost[0]}: a link to a file that is not there; mend or remove it")
         if not found:
             names = ", ".join(["*.txt, *.jsonl (or either with .gz, .zst), *.parquet", *include])
             advice = "name others with --include"
@@ -57,7 +59,7 @@ def _walk(folder: Path) -> Iterator[Path]:
     for entry in visible:
         if entry.is_dir(follow_symlinks=False):
             yield from _walk(folder / entry.name)
-        elif entry.is_file():
+        elif entry.is_file() or not os.path.exists(entry.path):  # a link to nothing is not passed over
             yield folder / entry.name
 
 
