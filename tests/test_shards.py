@@ -7,7 +7,7 @@ import pytest
 
 from rwkv_ext import cli
 from rwkv_ext.data import shards
-from rwkv_ext.data.binidx import HEADER, MAGIC, BinidxReader, BinidxWriter, shard_files
+from rwkv_ext.data.binidx import HEADER, MAGIC, BinidxReader, BinidxWriter, part_names, shard_files
 from rwkv_ext.data.shards import hold_out, merge, split_evenly
 
 
@@ -198,3 +198,9 @@ def test_sample_command(tmp_path, capsys):
         draws.add(capsys.readouterr().out)
     assert len(draws) == 2 and all(draw.count("--- ") == 2 for draw in draws)
     assert run("sample", write(tmp_path / "empty", [])) == 0
+
+
+def test_names_of_parts_sort_in_their_order():
+    assert part_names("out", 2) == ["out-00000-of-00002", "out-00001-of-00002"]
+    names = part_names("out", 100_001)
+    assert names == sorted(names) and names[-1] == "out-100000-of-100001"

@@ -35,6 +35,12 @@ def shard_files(prefix: str | os.PathLike) -> tuple[Path, Path]:
     return Path(name + ".bin"), Path(name + ".idx")
 
 
+def part_names(name: str, parts: int) -> list[str]:
+    """Return NAME-00000-of-00003 and so on; sorted by name they are in their order, however many there are."""
+    width = max(5, len(str(parts - 1)))
+    return [f"{name}-{part:0{width}d}-of-{parts:05d}" for part in range(parts)]
+
+
 class BinidxReader:
     """Read one shard through memory maps: opening costs the same for a megabyte and a terabyte.
 

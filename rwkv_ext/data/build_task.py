@@ -18,7 +18,7 @@ import numpy as np
 
 from rwkv_ext.checkpoint.atomic_file import sync_folder
 from rwkv_ext.data import pieces
-from rwkv_ext.data.binidx import shard_files
+from rwkv_ext.data.binidx import part_names, shard_files
 from rwkv_ext.data.build_folder import BuildFolder
 from rwkv_ext.data.build_summary import Summary
 from rwkv_ext.data.document_store import DocumentStore, abandon, open_at, read_blocks
@@ -261,7 +261,7 @@ class BuildTask:
             stems = [path.stem for path, _ in store.files()]
             names = [name]
             if self.arrangement.shard_tokens is not None:
-                names = [f"{name}-{number:05d}-of-{len(stems):05d}" for number in range(len(stems))]
+                names = part_names(name, len(stems))
             self._check_free()  # another program may have been faster
             old = [path.name for path in self._taken() if path.name[: -len(".bin")] not in names]
             self._write_record("publish", shards=list(zip(stems, names, strict=True)), old=old)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rwkv_ext.data.binidx import BLOCK, BinidxReader, BinidxWriter, shard_files
+from rwkv_ext.data.binidx import BLOCK, BinidxReader, BinidxWriter, part_names, shard_files
 from rwkv_ext.data.token_stream import find_shards
 
 COPIED_TOKENS = 1 << 24  # at once, if no document is longer
@@ -56,7 +56,7 @@ def split_evenly(
             f"parts must leave every part a document, got {parts}, and a document of {reader.prefix} is longer than "
             f"{reader.n_tokens // parts} tokens; take fewer parts"
         )
-    names = [f"{_name(out)}-{part:05d}-of-{parts:05d}" for part in range(parts)]
+    names = part_names(_name(out), parts)
     with _writers(reader, names, overwrite) as writers:
         for writer, begin, end in zip(writers, cuts, cuts[1:]):
             _copy(reader, begin, end, writer)
