@@ -153,7 +153,7 @@ def test_decode_of_end_of_document_is_empty(world):
     assert world.decode([0]) == "" and world.decode([]) == "" and world.decode(np.array([])[:0].tolist()) == ""
 
 
-@pytest.mark.parametrize("id", [65530, 65535, 65536, -1, 2**63 - 1, 2**64 - 1, 2**70, -(2**70)])
+@pytest.mark.parametrize("id", [65530, 65535, 65536, 65536 + 33, 33 - 65536, -1, 2**63 - 1, 2**64 - 1, 2**70, -(2**70)])
 def test_decode_names_index_and_id(world, id):
     message = rf"decode: ids\[1\] must be 0 or the id of a token \(1 to 65529\), got {id}; mask"
     with pytest.raises(ValueError, match=message):
