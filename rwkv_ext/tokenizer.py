@@ -5,6 +5,7 @@ separates documents; encoding never produces it by itself and it decodes to noth
 the models but no token.
 """
 
+import hashlib
 import itertools
 import mmap
 import operator
@@ -20,11 +21,12 @@ from rwkv_ext.vocabulary import WORLD, WORLD_COMPILED
 
 
 def _load_tables(vocabulary: Path):
+    text = vocabulary.read_bytes()
     if vocabulary == WORLD and WORLD_COMPILED.exists():
         compiled = native().Tokenizer.map(str(WORLD_COMPILED))
-        if compiled.source_size == WORLD.stat().st_size:
+        if compiled.source_digest == hashlib.sha256(text).digest():
             return compiled
-    return native().Tokenizer(vocabulary.read_bytes(), str(vocabulary))
+    return native().Tokenizer(text, str(vocabulary))
 
 
 def _options(function: str, threads: int | None, dtype) -> tuple[int, bool]:

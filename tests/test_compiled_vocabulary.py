@@ -124,6 +124,9 @@ def test_world_uses_the_compiled_file_of_its_text_alone(tmp_path, monkeypatch, i
     shorter = tmp_path / "shorter.txt"
     shorter.write_bytes(b"".join(WORLD.read_bytes().splitlines(keepends=True)[:-1]))
     assert use(WORLD_COMPILED, shorter).byte_lengths[65529] == 0
+    other = tmp_path / "other.txt"  # as long as the text that was compiled
+    other.write_bytes(WORLD.read_bytes().replace(b"33520 'Today' 5", b"33520 'Todaz' 5"))
+    assert use(WORLD_COMPILED, other).decode([33520]) == "Todaz"
     # a custom vocabulary is read from its text, whatever lies beside it
     assert WorldTokenizer(shorter).byte_lengths[65529] == 0
 
