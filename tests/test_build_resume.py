@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -289,14 +290,15 @@ def compete(inputs, folder, world):
 def test_killed_at_fifty_random_moments(tmp_path, world, monkeypatch):
     monkeypatch.setattr(pieces, "PIECE_BYTES", 1 << 18)
     monkeypatch.setattr(build_task, "SECONDS_PER_RECORD", 0.02)
-    (tmp_path / "a.jsonl").write_text(LINES * 8000)
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+    (tmp_path / "a.jsonl").write_text(LINES * 2000)
     inputs = [tmp_path / "a.jsonl"]
     for mode, options in MODES.items():
         began = time.monotonic()
         run(inputs, tmp_path / f"whole-{mode}", world, **options)
         seconds = time.monotonic() - began
         expected, kills, folder = content(tmp_path / f"whole-{mode}"), 0, tmp_path / f"killed-{mode}"
-        while kills < 50:
+        while kills < 50 // len(MODES):
             child = multiprocessing.get_context("fork").Process(
                 target=run, args=(inputs, folder, world), kwargs=options
             )
@@ -308,7 +310,7 @@ def test_killed_at_fifty_random_moments(tmp_path, world, monkeypatch):
                 kills += 1
             left = {name: data for name, data in content(folder).items() if not name.startswith(".")}
             assert all(expected[name] == data for name, data in left.items())
-            if child.exitcode == 0:
-                assert left == expected
-                for path in shard_files(folder / "out"):
-                    path.unlink(missing_ok=True)
+            if left == expected:
+                shutil.rmtree(folder)
+            else:  # so that what was killed goes on, and no other failure passes for a kill
+                assert child.exitcode == -signal.SIGKILL
