@@ -2,12 +2,13 @@
 
 import gzip
 import json
+import os
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from rwkv_ext.data import documents, pieces
+from rwkv_ext.data import build_task, documents, pieces
 from rwkv_ext.data.binidx import BinidxReader, shard_files
 from rwkv_ext.data.build import build
 from rwkv_ext.data.worker_threads import in_order
@@ -136,6 +137,23 @@ def test_file_that_gets_shorter(tmp_path, small_pieces):
     for _ in range(2):  # one piece is cut off, the next is gone
         with pytest.raises(ValueError, match="a.jsonl: must not change while it is read, got shorter; run it again"):
             next(loaded).load()
+
+
+@pytest.mark.parametrize("change", [lambda path: path.write_text(path.read_text() + " "), lambda path: os.utime(path)])
+def test_file_that_changes_after_it_was_read(tmp_path, world, monkeypatch, change):
+    path, in_order = tmp_path / "a.jsonl", build_task.in_order
+    path.write_text("\n".join(LINES))
+
+    def changing(*arguments):
+        yield from in_order(*arguments)
+        change(path)
+
+    monkeypatch.setattr(build_task, "in_order", changing)
+    with pytest.raises(ValueError, match="a.jsonl: must not change while it is read, got another size or time"):
+        build([path], tmp_path / "out", tokenizer=world)
+    assert list(tmp_path.iterdir()) == [path]
+    monkeypatch.undo()
+    build([path], tmp_path / "out", tokenizer=world)
 
 
 def test_empty_documents_are_dropped_on_request(tmp_path, world):

@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 from rwkv_ext.data import pieces
 from rwkv_ext.data.build_folder import BuildFolder
@@ -63,22 +62,18 @@ def build(
     encoder = PieceEncoder(
         tokenizer or WorldTokenizer(), text_key, eod, invalid_utf8, drop_empty, make_digests=drop_duplicates
     )
-    with BuildFolder(out, _identity(files, encoder, arrangement)) as folder:
+    states = [None if path == STANDARD_INPUT else pieces.file_state(path) for path in files]
+    with BuildFolder(out, _identity(states, encoder, arrangement)) as folder:
         threads = threads or len(os.sched_getaffinity(0))
-        return BuildTask(files, encoder, arrangement, folder, overwrite, threads, begin).run(show_progress)
+        return BuildTask(files, states, encoder, arrangement, folder, overwrite, threads, begin).run(show_progress)
 
 
-def _identity(files: Sequence[Path], encoder: PieceEncoder, arrangement: Arrangement) -> str:
+def _identity(states: Sequence[tuple | None], encoder: PieceEncoder, arrangement: Arrangement) -> str:
     """Return a digest of all that decides what the shards hold."""
     # Nobody can tell whether standard input is the same again, so no other build has its digest.
-    stats = [os.urandom(16).hex() if path == STANDARD_INPUT else _stat(path) for path in files]
+    states = [state or os.urandom(16).hex() for state in states]
     tokenizer = encoder.tokenizer
     options = [encoder.text_key, encoder.eod, encoder.invalid_utf8, encoder.drop_empty, pieces.PIECE_BYTES]
     vocabulary = hashlib.sha256(tokenizer.vocabulary.read_bytes()).hexdigest()
-    whole = [FORMAT, stats, options, asdict(arrangement), type(tokenizer).__qualname__, vocabulary]
+    whole = [FORMAT, states, options, asdict(arrangement), type(tokenizer).__qualname__, vocabulary]
     return hashlib.sha256(json.dumps(whole).encode(errors="surrogateescape")).hexdigest()
-
-
-def _stat(path: Path) -> tuple[str, int, int]:
-    status = path.stat()
-    return str(path.resolve()), status.st_size, status.st_mtime_ns

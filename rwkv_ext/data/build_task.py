@@ -11,8 +11,9 @@ import itertools
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -64,7 +65,8 @@ class BuildTask:
 
     def __init__(
         self,
-        files: list,
+        files: Sequence[Path],
+        states: Sequence[tuple | None],
         encoder: PieceEncoder,
         arrangement: Arrangement,
         folder: BuildFolder,
@@ -72,7 +74,8 @@ class BuildTask:
         threads: int,
         begin: float,
     ):
-        self.files, self.encoder, self.arrangement, self.folder = files, encoder, arrangement, folder
+        self.files, self.states = files, states
+        self.encoder, self.arrangement, self.folder = encoder, arrangement, folder
         self.overwrite, self.threads = overwrite, threads
         self.summary = Summary(**self.record.get("summary", {}))
         self.begin = begin - self.summary.seconds
@@ -111,6 +114,7 @@ class BuildTask:
                 self._encode_pieces(store, digests, report)
             finally:
                 abandon(digests)
+            self._check_unchanged()
             if not store.n_documents:
                 raise ValueError(f"the {len(self.files)} input files must hold a document, got none{self._left_out()}")
             if arrangement.is_needed:
@@ -155,6 +159,11 @@ class BuildTask:
                 next_record = time.monotonic() + SECONDS_PER_RECORD
         with self._explained(store):
             _sync(digests)
+
+    def _check_unchanged(self) -> None:
+        for path, state in zip(self.files, self.states, strict=True):
+            if state and pieces.file_state(path) != state:
+                raise ValueError(f"{path}: must not change while it is read, got another size or time; run it again")
 
     def _count(self, encoded: Encoded) -> None:
         self.summary.text_bytes += encoded.text_bytes

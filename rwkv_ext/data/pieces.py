@@ -149,6 +149,12 @@ def file_size(path: Path) -> int:
     return 0 if path == STANDARD_INPUT else os.stat(path).st_size
 
 
+def file_state(path: Path) -> tuple[str, int, int]:
+    """Return what tells a file from another and from itself before it was changed: its place, size and time."""
+    status = os.stat(path)
+    return str(path.resolve()), status.st_size, status.st_mtime_ns
+
+
 def _is_text(path: Path) -> bool:
     return inner_suffix(path) not in (".jsonl", ".parquet")
 
