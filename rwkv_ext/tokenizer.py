@@ -37,7 +37,7 @@ def _options(function: str, threads: int | None, dtype) -> tuple[int, bool]:
         threads = len(os.sched_getaffinity(0))
     if operator.index(threads) < 1:
         raise ValueError(f"{function}: threads must be at least 1, or None for all CPUs there are, got {threads}")
-    return operator.index(threads), dtype == np.uint32
+    return min(operator.index(threads), 1 << 16), dtype == np.uint32  # no text has work for more
 
 
 class WorldTokenizer:

@@ -142,6 +142,7 @@ def test_other_inputs_or_options_begin_anew(tmp_path, world, small, inputs, caps
     assert out.with_suffix(".bin").read_bytes() == (tmp_path / "expected.bin").read_bytes()
 
     kill(inputs, tmp_path / "again", world)
+    (tmp_path / "again" / ".out.building" / "folder").mkdir()  # whoever made it
     (tmp_path / "in" / "a.jsonl").write_text(LINES * 2)
     out = tmp_path / "again" / "out"
     build(inputs, out, tokenizer=world)

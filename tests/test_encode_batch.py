@@ -50,7 +50,7 @@ def test_batch_takes_any_iterable_of_str_and_buffers(world):
     assert len(world.encode_batch(texts)) == 5
 
 
-@pytest.mark.parametrize("threads", [2, 3, 16, None])
+@pytest.mark.parametrize("threads", [2, 3, 16, 2**64, None])
 def test_long_text_in_pieces(world, threads):
     # longer than what a thread takes at once, and its pieces end at other places from text to text
     for start in (0, 1, 77):

@@ -89,7 +89,9 @@ class BuildFolder:
         if not records or records[0] != {"identity": self.identity}:
             self.replaced = len(records) > 1
             for entry in self.path.iterdir():
-                if entry.name != LOCK:
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                elif entry.name != LOCK:
                     entry.unlink()
             path.write_bytes(json.dumps({"identity": self.identity}).encode() + b"\n")
             end = path.stat().st_size
