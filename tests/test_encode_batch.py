@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter_lock import turns_beside
 
 from rwkv_ext.tokenizer import WorldTokenizer
 from rwkv_ext.vocabulary import WORLD
@@ -129,21 +130,7 @@ def test_options_are_checked(world, tmp_path):
 
 
 def test_batches_release_the_interpreter_lock(world):
-    started, finished = threading.Event(), threading.Event()
-
-    def encode():
-        started.set()
-        world.encode_batch([TEXT] * 30, threads=2)
-        finished.set()
-
-    thread = threading.Thread(target=encode)
-    thread.start()
-    started.wait()
-    turns = 0
-    while not finished.wait(0.001):
-        turns += 1
-    thread.join()
-    assert turns >= 5
+    assert turns_beside(lambda: world.encode_batch([TEXT] * 30, threads=2)) >= 5
 
 
 def test_arrays_of_a_batch_are_views_of_one(world):
