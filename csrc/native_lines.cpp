@@ -1,6 +1,5 @@
 // rwkv_ext._native: many documents at once, from JSON lines or from texts back to back, to ids back to back, and those
 // in another order.
-#include <memory>
 #include <stdexcept>
 #include <utility>
 
@@ -9,16 +8,6 @@
 #include "native.h"
 
 namespace {
-
-py::array_t<int32_t> to_array(std::vector<int32_t> sizes) {
-  if (sizes.empty()) return py::array_t<int32_t>(0);
-  auto kept = std::make_unique<std::vector<int32_t>>(std::move(sizes));
-  const size_t count = kept->size();
-  const int32_t* data = kept->data();
-  const py::capsule owner(kept.get(), [](void* pointer) { delete static_cast<std::vector<int32_t>*>(pointer); });
-  (void)kept.release();  // the capsule frees it with the array
-  return py::array_t<int32_t>(count, data, owner);
-}
 
 void check_texts(const py::array_t<int64_t>& offsets, size_t bytes) {
   if (offsets.ndim() != 1 || offsets.size() == 0) {
@@ -36,8 +25,9 @@ void check_texts(const py::array_t<int64_t>& offsets, size_t bytes) {
 
 // (ids, sizes, text bytes, dropped, lines, position) as document_batch.h says.
 py::tuple to_tuple(rwkv::DocumentBatch batch) {
-  return py::make_tuple(::to_array(std::move(batch.ids)), to_array(std::move(batch.sizes)), batch.text_bytes,
-                        batch.dropped, batch.lines, batch.position);
+  const py::array_t<int32_t> sizes(batch.sizes.size(), batch.sizes.data());
+  return py::make_tuple(to_array(std::move(batch.ids)), sizes, batch.text_bytes, batch.dropped, batch.lines,
+                        batch.position);
 }
 
 template <typename T>
