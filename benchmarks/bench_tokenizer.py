@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pyrwkv_tokenizer
-from common import ROOT, header, table
+from common import ROOT, header, measure, table
 
 from rwkv_ext import WorldTokenizer
 from rwkv_ext._load import native
@@ -166,12 +166,12 @@ def bench_threads(text: bytes, world: WorldTokenizer, rust, rounds: int) -> list
     text *= -(-16_000_000 // len(text))
     documents = cut(text.decode())
     functions = {
-        "one": lambda: lambda: world.encode_array(text),
-        "two": lambda: lambda: world.encode_array(text, threads=2),
-        "batch": lambda: lambda: world.encode_packed(documents, threads=2),
-        "rust": lambda: lambda: rust.encode_batch(documents),
+        "one": lambda: world.encode_array(text),
+        "two": lambda: world.encode_array(text, threads=2),
+        "batch": lambda: world.encode_packed(documents, threads=2),
+        "rust": lambda: rust.encode_batch(documents),
     }
-    speed = {name: len(text) / seconds / 1e6 for name, seconds in best_seconds(functions, rounds).items()}
+    speed = {name: len(text) / x.best / 1e6 for name, x in measure(functions, rounds, warm=True).items()}
     ratios = speed["two"] / speed["one"], speed["batch"] / speed["rust"]
     return [*(f"{speed[name]:.0f}" for name in functions), *ratios]
 
@@ -179,13 +179,13 @@ def bench_threads(text: bytes, world: WorldTokenizer, rust, rounds: int) -> list
 def bench_decoding(text: bytes, ids: np.ndarray, world: WorldTokenizer, rust, rounds: int) -> list:
     numbers, wide = ids.tolist(), ids.astype(np.int64)
     functions = {
-        "array": lambda: lambda: world.decode_bytes(ids),
-        "int64": lambda: lambda: world.decode_bytes(wide),
-        "list": lambda: lambda: world.decode_bytes(numbers),
-        "text": lambda: lambda: world.decode(numbers),
-        "rust": lambda: lambda: rust.decode(numbers),
+        "array": lambda: world.decode_bytes(ids),
+        "int64": lambda: world.decode_bytes(wide),
+        "list": lambda: world.decode_bytes(numbers),
+        "text": lambda: world.decode(numbers),
+        "rust": lambda: rust.decode(numbers),
     }
-    speed = {name: len(text) / seconds / 1e9 for name, seconds in best_seconds(functions, rounds).items()}
+    speed = {name: len(text) / x.best / 1e9 for name, x in measure(functions, rounds, warm=True).items()}
     return [
         *(f"{speed[name]:.2f}" for name in functions),
         speed["array"] / speed["rust"],
@@ -200,21 +200,21 @@ def encode_chunks(world: WorldTokenizer, text: bytes, size: int) -> list[np.ndar
 
 def bench_streams(text: bytes, world: WorldTokenizer, rounds: int) -> list:
     functions = {
-        "whole": lambda: lambda: world.encode_array(text),
-        "64 KiB": lambda: lambda: encode_chunks(world, text, 65536),
-        "4 KiB": lambda: lambda: encode_chunks(world, text, 4096),
+        "whole": lambda: world.encode_array(text),
+        "64 KiB": lambda: encode_chunks(world, text, 65536),
+        "4 KiB": lambda: encode_chunks(world, text, 4096),
     }
-    speed = {name: len(text) / seconds / 1e6 for name, seconds in best_seconds(functions, rounds).items()}
+    speed = {name: len(text) / x.best / 1e6 for name, x in measure(functions, rounds, warm=True).items()}
     return [*(f"{speed[name]:.0f}" for name in functions), speed["64 KiB"] / speed["whole"]]
 
 
 def bench_loading(rounds: int) -> str:
     functions = {
-        "compiled": lambda: WorldTokenizer,
-        "text": lambda: lambda: native().Tokenizer(WORLD.read_bytes(), "World"),
-        "rust": lambda: pyrwkv_tokenizer.RWKVTokenizer,
+        "compiled": WorldTokenizer,
+        "text": lambda: native().Tokenizer(WORLD.read_bytes(), "World"),
+        "rust": pyrwkv_tokenizer.RWKVTokenizer,
     }
-    milliseconds = {name: 1e3 * seconds for name, seconds in best_seconds(functions, rounds).items()}
+    milliseconds = {name: 1e3 * x.best for name, x in measure(functions, rounds, warm=True).items()}
     rows = [[f"{milliseconds[name]:.2f}" for name in functions]]
     return table(["compiled vocabulary: ms", "text parsed: ms", "Rust: ms"], rows)
 
