@@ -134,6 +134,47 @@ def test_runs_of_every_length_and_escapes_at_every_place(world):
                 assert accepted(world, json.dumps({"text": text}, ensure_ascii=ascii_only).encode()) == text.encode()
 
 
+# What stands beside an escape: plain bytes, the ends of the ranges of each length, both cases of digits, pairs.
+PARTS = r"x u é 今 \n \" \\ \/ \\u0041 \u0000 \u007F \u0080 \u07ff \u0800 \uD7ff \ue000 \uFFFF \u4eCA".split()
+PARTS += [r"\ud800\udc00", r"\uDBFF\uDFFF"]
+HALVES = r"\ud800 \uDBFF \udc00 \udfff \ud800\ud800 \udc00\udfff \ud83e\n \ud83ex \ud83e\u0041".split()
+BORDERS = range(70)  # how far from the start of a string, in the blocks of 64 bytes that are read at once
+
+
+@pytest.mark.parametrize("vectors", [True, False], ids=["vectors", "plain"])
+def test_escapes_and_what_is_beside_them_at_every_place(world, vectors):
+    for length in BORDERS:
+        texts = [r"\t" + "x" * length + a + b for a in PARTS for b in PARTS]
+        texts += [r"\t" + "x" * length + part * 24 for part in PARTS]
+        lines = [f'{{"text": "{text}"}}'.encode() for text in texts]
+        data = b"\n".join(lines)
+        assert read(world, data, vectors=vectors) == (list(map(expected, lines)), 0, len(lines), len(data))
+
+
+def test_what_is_no_escape_at_every_place(world):
+    wrong = [r"\u" + "12Ab"[:i] + bad + "12Ab"[i + 1 :] for i in range(4) for bad in r"g / : @ ` G é \\".split()]
+    wrong += [*HALVES, r"\x41", r"\é", r"\N", "\x01", "\\\x01", "\x1f"]
+    for length in BORDERS:
+        for text in wrong:
+            line = ('{"text": "\\t' + "x" * length + text + '"}').encode()
+            assert accepted(world, line) is None and accepted(world, line[:-2] + rb"\u4eca" * 9 + b'"}') is None
+
+
+@pytest.mark.parametrize("part", ["x", r"\n", r"\u4eca", r"x\u0431", r"\ud83e\udd80"])
+def test_strings_that_do_not_end(world, part):
+    line = b'{"text": "' + part.encode() * 24
+    for end in range(10, len(line) + 1):
+        assert accepted(world, line[:end]) is None
+        assert accepted(world, line[:end] + b'"}') == expected(line[:end] + b'"}')
+
+
+def test_backslashes_in_runs_of_every_length(world):
+    for length in range(66):
+        for count in range(1, 140):
+            line = b'{"text": "\\t' + b"x" * length + b"\\" * count + b'u0041"}'
+            assert accepted(world, line) == expected(line)
+
+
 def test_every_truncation_of_utf8(world):
     for text in ("é", "今", "\U0001f980", "\u07ff\u0800\ud7ff\ue000\uffff\U00010000\U0010ffff"):
         data = text.encode()

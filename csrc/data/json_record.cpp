@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "data/json_unescape.h"
+
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
@@ -117,6 +119,7 @@ template <bool kVectors>
 struct Walk {
   const char* at;
   const char* end;
+  Unescape unescape;  // or null
 
   bool next_is(char byte) {
     if (at == end || *at != byte) return false;
@@ -200,11 +203,13 @@ struct Walk {
       string = {first, static_cast<size_t>(at - 1 - first)};
       return true;
     }
-    char* const begin = scratch.room(static_cast<size_t>(end - first) + kVector);
+    char* const begin = scratch.room(static_cast<size_t>(end - first) + std::max(kVector, kUnescapeRoom));
     char* out = begin;
     std::memcpy(out, first, static_cast<size_t>(at - first));
     out += at - first;
-    while (next_is('\\')) {
+    for (;;) {
+      at = unescape ? unescape(at, end, out) : copy_to_special<kVectors>(at, end, out);
+      if (!next_is('\\')) break;
       if (at == end) return false;
       const char escape = *at++;
       if (const char byte = short_escape(escape)) {
@@ -212,7 +217,6 @@ struct Walk {
       } else if (escape != 'u' || !read_code_points(out)) {
         return false;
       }
-      at = copy_to_special<kVectors>(at, end, out);
     }
     string = {begin, static_cast<size_t>(out - begin)};
     return next_is('"');
@@ -309,8 +313,9 @@ void JsonRecord::Scratch::clear() {
 
 bool JsonRecord::read(std::string_view line, std::string_view key, std::string_view& text) {
   const char* end = line.data() + line.size();
-  const bool accepted = use_vectors_ ? Walk<true>{line.data(), end}.read_record(key, key_, texts_, text)
-                                     : Walk<false>{line.data(), end}.read_record(key, key_, texts_, text);
+  const bool accepted =
+      use_vectors_ ? Walk<true>{line.data(), end, find_unescape()}.read_record(key, key_, texts_, text)
+                   : Walk<false>{line.data(), end, nullptr}.read_record(key, key_, texts_, text);
   const bool is_copy = accepted && (text.data() < line.data() || text.data() >= end);
   if (is_copy) texts_.keep(text.size());
   return accepted;
