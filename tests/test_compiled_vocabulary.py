@@ -33,7 +33,7 @@ def layout(image):
     cells, token_bytes = struct.unpack_from("<II", image, CELLS[0])
     begins, end = {}, 88
     for name, size in {
-        "boundaries": 65536 + 2 * 8 * 256,
+        "boundaries": 65536 + 2 * 8 * 256 + 256,
         "prefixes": 65536 * 16,
         "lengths": 65536,
         "offsets": 65537 * 4,
@@ -154,7 +154,7 @@ def test_unreadable_files(tmp_path):
     [
         (0, "<8s", b"\x7fELF\x02\x01\x01\0", "must start with 'RWKVvoc', got the bytes 7f454c4602010100"),
         (8, "<I", 0x04030201, "must have the byte order of this machine, got another"),
-        (12, "<I", 2, "must have version 3, got 2"),
+        (12, "<I", 2, "must have version 4, got 2"),
         (*CHECKSUM, 5, "must have the checksum 0000000000000005, got [0-9a-f]{16}"),
         (*SIZE, 100, r"must say that it has the \d+ bytes of its tables, says 100"),
         (32, "<Q", 7, "must have the checksum [0-9a-f]{16}, got [0-9a-f]{16}"),  # source_size
@@ -219,8 +219,9 @@ def test_tables_that_would_lead_outside_are_refused_whatever_the_checksum_says(t
     refuse(path, sealed(put(image, begins["cells"] + 8 * 70_000, "<I", cells)), base)
     for offset, format, value in (
         (LAST_ID[0], "<I", 65536),
-        (begins["cells"] + 8 * 65535 + 6, "<H", 0),  # a pair that matches no byte: encoding would not end
-        (begins["cells"] + 6, "<H", 3),
+        (begins["cells"] + 8 * 65535 + 7, "<B", 0),  # matches no byte: encoding would not end
+        (begins["cells"] + 8 * 70_000 + 7, "<B", 0),
+        (begins["cells"] + 7, "<B", 3),  # a pair of bytes that matches three
         (begins["offsets"], "<I", 1),
         (begins["offsets"] + 4 * 65536, "<I", token_bytes + 1),
         (begins["offsets"] + 4 * 30000, "<I", token_bytes),
@@ -232,6 +233,20 @@ def test_tables_that_would_lead_outside_are_refused_whatever_the_checksum_says(t
         more = token_bytes + 8 * (cells - fewer)
         changed = put(image, CELLS[0], "<II", fewer, more)
         refuse(path, sealed(changed), rf"{message}( cells)?, got {fewer}")
+
+
+def test_a_cell_that_says_too_much_leads_nowhere(tmp_path, image):
+    # Lengths of tokens that are longer than the way to them, with a right checksum: other ids, but of this text alone.
+    path, begins = tmp_path / "made.bin", layout(image)
+    changed = bytearray(image)
+    cells = np.frombuffer(changed, np.uint8, struct.unpack_from("<I", image, CELLS[0])[0] * 8, begins["cells"])
+    cells.reshape(-1, 8)[65536 + 256 :, 7] = 255
+    path.write_bytes(sealed(bytes(changed)))
+    tokenizer, text = native().Tokenizer.map(str(path)), WORLD.read_bytes()
+    for end in (1, 3, 15, 79, 300, 5000, 70_000):
+        assert 1 <= len(tokenizer.encode_array(text[1000 : 1000 + end])) <= end
+    stream = native().StreamEncoder(tokenizer)
+    assert len(stream.push(text[1000:9000])) + len(stream.flush()) <= 8000
 
 
 def test_compiler_writes_what_differs_alone(tmp_path, image):

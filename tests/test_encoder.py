@@ -182,6 +182,28 @@ def test_small_vocabularies(tmp_path):
         check_all(tokenizer, definition, found)
 
 
+def test_small_vocabularies_of_wide_characters(tmp_path):
+    # Tokens of whole characters and of parts cut anywhere: behind which characters of three bytes a token must end
+    # differs between the vocabularies, and between the texts, with bytes that are no characters, whether there is one.
+    rng = random.Random(9)
+    characters = [
+        character.encode() for character in "\u4e2d\u6587\u65e5\u3042\u3044\uac00\u0e01\uff01\u044f\U0001f600a. "
+    ]
+    bytes_ = [bytes([byte]) for byte in b"\x80\xbf\xc0\xe3\xe4\xe9\xef\xf0"]
+    for number in range(60):
+        found = {bytes([byte]) for byte in range(256)}
+        used = rng.sample(characters, rng.choice((3, 6, len(characters))))
+        for _ in range(rng.choice((3, 20, 100))):
+            joined = b"".join(rng.choices(used, k=rng.choice((1, 1, 2, 3))))
+            cuts = rng.choice(((0, 0), (0, 0), (0, 1), (1, 0), (2, 0), (2, 2)))
+            found.add(joined[cuts[0] : len(joined) - cuts[1]] or b" ")
+        tokens = dict(zip(found, rng.sample(range(1, 65536), len(found)), strict=True))
+        tokenizer, definition = write_vocabulary(tmp_path / f"{number}.txt", tokens), LongestMatch(tokens)
+        for length in (1, 3, 30, 100, 1500):
+            for alphabet in (characters, characters + bytes_):
+                check(tokenizer, definition, b"".join(rng.choices(alphabet, k=length)))
+
+
 def test_a_vocabulary_where_no_pair_is_a_boundary(tmp_path):
     # Every pair of bytes is a token: 65536 - 1 ids hold the 256 bytes and all pairs but 257.
     pairs = [bytes([first, second]) for first in range(256) for second in range(256)]

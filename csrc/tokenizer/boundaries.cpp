@@ -93,16 +93,29 @@ class HighClasses {
   uint64_t costs_[128][128];             // of merging two classes, the first one's byte being lower
 };
 
-uint64_t find_generic(const BoundaryTables& tables, const uint8_t* text) {
-  uint64_t mask = 0;
-  for (uint32_t i = 0; i < 64; ++i) {
-    mask |= static_cast<uint64_t>(tables.splits[text[i] | text[i + 1] << 8]) << i;
+size_t find_generic(const BoundaryTables& tables, const uint8_t* text, size_t size, uint16_t* ends) {
+  size_t count = 0;
+  for (size_t i = 0; i < size; ++i) {
+    ends[count] = static_cast<uint16_t>(i + 1);  // stays if a token must end here, else the next one replaces it
+    count += tables.splits[text[i] | text[i + 1] << 8];
   }
-  return mask;
+  return count;
 }
 
 #if defined(__x86_64__)
-#define RWKV_AVX512 __attribute__((target("avx512f,avx512bw,avx512vbmi")))
+#define RWKV_AVX512 __attribute__((target("avx512f,avx512bw,avx512vbmi,avx512vbmi2,popcnt")))
+
+constexpr size_t kBlock = 64;  // bytes whose boundaries are found at once
+
+struct Numbers {
+  uint8_t byte[kBlock];
+};
+constexpr Numbers make_numbers() {
+  Numbers numbers{};
+  for (uint8_t i = 0; i < kBlock; ++i) numbers.byte[i] = static_cast<uint8_t>(i + 1);
+  return numbers;
+}
+constexpr Numbers kNumbers = make_numbers();
 
 // table[bytes[i]] for 64 bytes: two look-ups among 128 entries, of which bit 7 chooses one.
 RWKV_AVX512 inline __m512i look_up(const uint8_t (&table)[256], __m512i bytes, __mmask64 is_high) {
@@ -112,28 +125,86 @@ RWKV_AVX512 inline __m512i look_up(const uint8_t (&table)[256], __m512i bytes, _
   return _mm512_mask_blend_epi8(is_high, low, high);
 }
 
-RWKV_AVX512 uint64_t find_avx512(const BoundaryTables& tables, const uint8_t* text) {
-  const __m512i a = _mm512_loadu_si512(text), b = _mm512_loadu_si512(text + 1);
-  const __mmask64 is_high_a = _mm512_movepi8_mask(a), is_high_b = _mm512_movepi8_mask(b);
-  __mmask64 joined =
-      _mm512_test_epi8_mask(look_up(tables.before[0], a, is_high_a), look_up(tables.behind[0], b, is_high_b));
-  if (is_high_a == 0) return ~joined;
-  for (size_t plane = 1; plane < BoundaryTables::kPlanes; ++plane) {
-    const uint8_t(&table)[256] = tables.before[plane];
-    const __m512i before = _mm512_maskz_permutex2var_epi8(is_high_a, _mm512_loadu_si512(table + 128), a,
-                                                          _mm512_loadu_si512(table + 192));
-    joined |= _mm512_test_epi8_mask(before, look_up(tables.behind[plane], b, is_high_b));
+// The same where the byte is above 7F, else 0.
+RWKV_AVX512 inline __m512i look_up_high(const uint8_t (&table)[256], __m512i bytes, __mmask64 is_high) {
+  return _mm512_maskz_permutex2var_epi8(is_high, _mm512_loadu_si512(table + 128), bytes,
+                                        _mm512_loadu_si512(table + 192));
+}
+
+// Bit i is set if a character of three bytes starts at text[i] behind which a token must end.
+RWKV_AVX512 inline __mmask64 find_alone(const BoundaryTables& tables, const uint8_t* text, __m512i first,
+                                        __mmask64 is_high) {
+  const __m512i alone = look_up_high(tables.alone, first, is_high);
+  __mmask64 found = _mm512_test_epi8_mask(alone, alone);
+  if (found == 0) return found;  // most languages have none
+  const __m512i above_continuation = _mm512_set1_epi8(static_cast<char>(0xC0));  // signed: 80 .. BF are below it
+  found = _mm512_mask_cmplt_epi8_mask(found, _mm512_loadu_si512(text + 1), above_continuation);
+  found = _mm512_mask_cmplt_epi8_mask(found, _mm512_loadu_si512(text + 2), above_continuation);
+  return _mm512_mask_cmpge_epi8_mask(found, _mm512_loadu_si512(text + 3), above_continuation);
+}
+
+RWKV_AVX512 size_t find_avx512(const BoundaryTables& tables, const uint8_t* text, size_t size, uint16_t* ends) {
+  const __m512i numbers = _mm512_loadu_si512(kNumbers.byte);
+  size_t count = 0;
+  uint64_t carried = 0;  // of the next block's first bytes
+  for (size_t block = 0; block < size; block += kBlock) {
+    const __m512i a = _mm512_loadu_si512(text + block), b = _mm512_loadu_si512(text + block + 1);
+    const __mmask64 is_high_a = _mm512_movepi8_mask(a), is_high_b = _mm512_movepi8_mask(b);
+    __m512i joined = _mm512_and_si512(look_up(tables.before[0], a, is_high_a), look_up(tables.behind[0], b, is_high_b));
+    uint64_t must_end = carried;
+    carried = 0;
+    if (is_high_a != 0) {
+      for (size_t plane = 1; plane < BoundaryTables::kPlanes; ++plane) {
+        const __m512i before = look_up_high(tables.before[plane], a, is_high_a);
+        const __m512i behind = look_up(tables.behind[plane], b, is_high_b);
+        joined = _mm512_or_si512(joined, _mm512_and_si512(before, behind));
+      }
+      const __mmask64 alone = find_alone(tables, text + block, a, is_high_a);
+      must_end |= alone << 2;
+      carried = alone >> (kBlock - 2);
+    }
+    must_end |= _mm512_testn_epi8_mask(joined, joined);
+    if (size - block < kBlock) must_end &= (uint64_t{1} << (size - block)) - 1;
+
+    // The numbers of the bits that are set, side by side, as positions in the text.
+    const __m512i set = _mm512_maskz_compress_epi8(must_end, numbers);
+    const __m512i begin = _mm512_set1_epi16(static_cast<int16_t>(block));
+    const __m512i low = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(set));
+    const __m512i high = _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(set, 1));
+    _mm512_storeu_si512(ends + count, _mm512_add_epi16(low, begin));
+    _mm512_storeu_si512(ends + count + kBlock / 2, _mm512_add_epi16(high, begin));
+    count += static_cast<size_t>(__builtin_popcountll(must_end));
   }
-  return ~joined;
+  return count;
 }
 #endif
 
 auto choose_find(bool use_vectors) {
 #if defined(__x86_64__)
-  if (use_vectors && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bw")) return find_avx512;
+  if (use_vectors && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vbmi") &&
+      __builtin_cpu_supports("avx512bw")) {
+    return find_avx512;
+  }
 #endif
   (void)use_vectors;
   return find_generic;
+}
+
+void find_alone(const TokenList& tokens, BoundaryTables& tables) {
+  const auto continues = [](char byte) { return (byte & 0xC0) == 0x80; };
+  std::fill(tables.alone + 0xE0, tables.alone + 0xF0, 1);
+  for (size_t id = 1; id < kVocabSize; ++id) {
+    const std::string_view token = tokens.token(id);
+    for (size_t i = 1; i < token.size(); ++i) {
+      // Whether token[i - 1] can be the last byte of such a character, of which the token may have one, two or three.
+      if (continues(token[i]) || !continues(token[i - 1]) || (i >= 2 && !continues(token[i - 2]))) continue;
+      if (i >= 3) {
+        tables.alone[static_cast<uint8_t>(token[i - 3])] = 0;
+      } else {
+        std::fill(std::begin(tables.alone), std::end(tables.alone), 0);
+      }
+    }
+  }
 }
 
 }  // namespace
@@ -146,6 +217,7 @@ void build_boundaries(const TokenList& tokens, BoundaryTables& tables) {
       tables.splits[static_cast<uint8_t>(token[i - 1]) | static_cast<uint8_t>(token[i]) << 8] = 0;
     }
   }
+  find_alone(tokens, tables);
   const std::vector<size_t> high = HighClasses(tokens, tables).numbered();
   for (uint32_t a = 0; a < 256; ++a) {
     const size_t number = a < 128 ? ascii_class(static_cast<char>(a)) : high[a - 128];

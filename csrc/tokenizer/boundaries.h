@@ -15,6 +15,9 @@ struct BoundaryTables {
   uint8_t splits[65536];         // [a | b << 8] is 1 if a token must end between bytes a and b, else 0
   uint8_t before[kPlanes][256];  // one bit in one plane: the class of byte a. ASCII: in the first plane
   uint8_t behind[kPlanes][256];  // the classes of which some byte stands before b in a token
+  // [a] is 1 if no token goes on with another character behind one of three bytes that starts with byte a: Chinese
+  // letters, of which pairs of bytes do not tell, for other letters end as they do.
+  uint8_t alone[256];
 };
 
 // Fills zeroed tables.
@@ -28,12 +31,13 @@ class Boundaries {
   // may miss differs.
   Boundaries(const BoundaryTables& tables, bool use_vectors);
 
-  // Bit i is set only if a token must end behind text[i], i < 64. Reads text[0 .. 64].
-  uint64_t find(const uint8_t* text) const { return find_(*tables_, text); }
+  // Writes positions in text[1 .. size], size < 65536, where a token must end, in ascending order, and returns how many:
+  // not all that there are. Reads up to 66 bytes behind the text, writes up to 64 numbers behind the last.
+  size_t find(const uint8_t* text, size_t size, uint16_t* ends) const { return find_(*tables_, text, size, ends); }
 
  private:
   const BoundaryTables* tables_;
-  uint64_t (*find_)(const BoundaryTables&, const uint8_t*);
+  size_t (*find_)(const BoundaryTables&, const uint8_t*, size_t, uint16_t*);
 };
 
 }  // namespace rwkv

@@ -2,15 +2,14 @@
 
 #include <algorithm>
 #include <cstring>
-#include <iterator>
 #include <optional>
 
 namespace rwkv {
 namespace {
 
-constexpr size_t kBlock = 64;         // bytes whose boundaries are found at once
-constexpr size_t kReadAhead = 80;     // bytes that may be read behind the end of a segment or block
-constexpr size_t kPiece = 64 * 1024;  // bytes between two looks at the room for ids
+constexpr size_t kReadAhead = 80;      // bytes that may be read behind the last boundary that is asked for
+constexpr size_t kEndsSlack = 64;      // numbers
+constexpr size_t kPiece = 4096;        // bytes whose boundaries are found before they are used
 constexpr size_t kLongSegment = 1024;  // bytes without a boundary
 constexpr size_t kLastBytes = 256;
 constexpr size_t kSlack = 16;  // ids
@@ -20,7 +19,8 @@ constexpr size_t kSlack = 16;  // ids
 Encoder::Encoder(const Vocabulary& vocabulary, bool use_vectors)
     : vocabulary_(vocabulary),
       cells_(vocabulary_.cells()),
-      boundaries_(vocabulary_.boundary_tables(), use_vectors) {}
+      boundaries_(vocabulary_.boundary_tables(), use_vectors),
+      segment_loop_(choose_segment_loop(use_vectors)) {}
 
 // Encodes at least up to `end` with tokens that end at or before `limit`.
 inline void Encoder::match_tokens(Run& run, size_t end, size_t limit) const {
@@ -31,71 +31,28 @@ inline void Encoder::match_tokens(Run& run, size_t end, size_t limit) const {
   }
 }
 
-// Encodes up to the boundary `end`, at most Entry::kMaxBytes away, with the memo.
-template <typename Entry>
-inline void Encoder::recall_segment(Run& run, size_t end) const {
-  const size_t length = end - run.start;
-  decltype(Entry::bytes) bytes;
-  Entry& entry = run.memo.find<Entry>(run.text + run.start, length, bytes);
-  uint64_t difference = entry.length ^ length;
-  for (size_t i = 0; i < std::size(bytes); ++i) difference |= entry.bytes[i] ^ bytes[i];
-  if (difference == 0) {
-    // All the entry can hold, and its last two bytes, in one store: what is behind the ids is written over.
-    std::memcpy(run.out, reinterpret_cast<const uint8_t*>(&entry) + sizeof bytes, sizeof entry - sizeof bytes);
-    run.out += entry.count;
-    run.start = end;
-    return;
-  }
-  const uint16_t* first = run.out;
-  // From a copy, not from the text, which a careless caller may change meanwhile: an entry must never be wrong.
-  uint8_t copy[sizeof bytes];
-  std::memcpy(copy, bytes, sizeof bytes);
-  for (size_t at = 0; at < length;) {
-    const Match match = longest_match(cells_, copy + at, length - at);
-    *run.out++ = match.id;
-    at += match.length;
-  }
-  run.start = end;
-  const size_t count = static_cast<size_t>(run.out - first);
-  if (count > Entry::kMaxIds) return;
-  std::memcpy(entry.bytes, bytes, sizeof bytes);
-  std::memcpy(entry.ids, first, count * sizeof(uint16_t));
-  entry.length = static_cast<uint8_t>(length);
-  entry.count = static_cast<uint8_t>(count);
-}
-
-// Encodes up to the boundary `end`. Reads up to 32 bytes from the segment's start.
-inline void Encoder::encode_segment(Run& run, size_t end) const {
-  const size_t length = end - run.start;
-  if (length - 1 < ShortEntry::kMaxBytes) return recall_segment<ShortEntry>(run, end);
-  if (length - 1 < LongEntry::kMaxBytes) return recall_segment<LongEntry>(run, end);
-  match_tokens(run, end, end);
-}
-
-// Encodes the segments that end at or before `end`. Reads up to kReadAhead bytes behind it.
-void Encoder::encode_segments(Run& run, size_t end) const {
-  for (size_t block = run.start; block < end; block += kBlock) {
-    uint64_t boundaries = boundaries_.find(run.text + block);
-    if (end - block < kBlock) boundaries &= (uint64_t{1} << (end - block)) - 1;
-    for (; boundaries != 0; boundaries &= boundaries - 1) {
-      encode_segment(run, block + static_cast<size_t>(__builtin_ctzll(boundaries)) + 1);
-    }
-    // What no boundary cuts, such as a run of spaces, goes token by token, so that little is ever left open.
-    if (block + kBlock - run.start > kLongSegment && block + kBlock > run.start) match_tokens(run, block, run.size);
-  }
-}
-
 // Encodes the segments that end at or before `last`, which is at least kReadAhead bytes from the text's end.
 void Encoder::encode_pieces(Run& run, size_t last, IdBuffer& ids) const {
-  while (run.start < last) {
+  uint16_t ends[kPiece + kEndsSlack];
+  for (size_t piece = run.start; piece < last;) {
+    const size_t end = std::min(last, piece + kPiece);
     // A token that starts in this piece ends within kMaxTokenBytes of it.
-    const size_t begin = run.start;
-    const size_t end = std::min(last, begin + kPiece);
-    run.out = ids.room(end - begin + kMaxTokenBytes + kSlack);
-    encode_segments(run, end);
+    run.out = ids.room(end - run.start + kMaxTokenBytes + kSlack);
+    encode_segments(run, piece, end, ends);
+    // What no boundary cuts, such as a run of spaces, goes token by token, so that little is ever left open.
+    if (end > run.start + kLongSegment) match_tokens(run, end, run.size);
     ids.set_end(run.out);
-    if (end == last) break;
+    piece = std::max(end, run.start);
   }
+}
+
+// Encodes the segments that end in text[piece + 1 .. end], where `ends` has room for as many and kEndsSlack more.
+void Encoder::encode_segments(Run& run, size_t piece, size_t end, uint16_t* ends) const {
+  const uint8_t* base = run.text + piece;
+  const size_t count = boundaries_.find(base, end - piece, ends);
+  if (count == 0) return;
+  run.out = segment_loop_(cells_, run.memo, {run.text + run.start, base, ends, count}, run.out);
+  run.start = piece + ends[count - 1];
 }
 
 size_t Encoder::find_boundary(std::string_view text, size_t start) const {
@@ -137,8 +94,10 @@ void Encoder::encode(std::string_view text, IdBuffer& ids, const Memo& memo) con
     uint8_t copy[kLastBytes + kReadAhead] = {};
     std::memcpy(copy, run.text + run.start, rest);
     Run last_run{copy, rest, 0, run.out, *memo.memo_};
-    encode_segments(last_run, rest - 1);
-    encode_segment(last_run, rest);
+    uint16_t ends[kLastBytes + kEndsSlack];
+    encode_segments(last_run, 0, rest - 1, ends);
+    const uint16_t end = static_cast<uint16_t>(rest);
+    last_run.out = segment_loop_(cells_, last_run.memo, {copy + last_run.start, copy, &end, 1}, last_run.out);
     ids.set_end(last_run.out);
   }
 }

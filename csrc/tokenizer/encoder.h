@@ -10,6 +10,7 @@
 #include "tokenizer/boundaries.h"
 #include "tokenizer/id_buffer.h"
 #include "tokenizer/match_table.h"
+#include "tokenizer/segment_loop.h"
 #include "tokenizer/segment_memo.h"
 #include "tokenizer/vocabulary.h"
 
@@ -62,15 +63,13 @@ class Encoder {
   };
 
   void encode_pieces(Run& run, size_t last, IdBuffer& ids) const;
-  void encode_segments(Run& run, size_t end) const;
-  template <typename Entry>
-  void recall_segment(Run& run, size_t end) const;
-  void encode_segment(Run& run, size_t end) const;
+  void encode_segments(Run& run, size_t piece, size_t end, uint16_t* ends) const;
   void match_tokens(Run& run, size_t end, size_t limit) const;
 
   Vocabulary vocabulary_;
   const MatchCell* cells_;
   Boundaries boundaries_;
+  SegmentLoop segment_loop_;
   mutable MemoPool memos_;
 };
 

@@ -115,6 +115,20 @@ class Placement {
 
   size_t cells() const { return first_cell(static_cast<uint32_t>(blocks_.size())); }
 
+  // Fills each block with cells that no node's child by their label would be in: the label of an unused cell is the
+  // way to it from a base that no node has. There is one, for each node with a base in the block has a child there.
+  void label_unused(std::vector<MatchCell>& cells) const {
+    for (uint32_t block = 0; block < blocks_.size(); ++block) {
+      if (blocks_[block].unused == 0) continue;
+      const Bits& free = blocks_[block].free_bases;
+      uint32_t base = 0;
+      while ((free[base / 64] >> base % 64 & 1) == 0) ++base;
+      for (uint32_t cell = 0; cell < 256; ++cell) {
+        cells[first_cell(block) + cell] = {kByteCells, 0, static_cast<uint8_t>(cell ^ base), 1};
+      }
+    }
+  }
+
  private:
   static constexpr uint32_t kMaxRefusals = 16;
 
@@ -153,8 +167,9 @@ class Placement {
   std::vector<uint32_t> open_;
 };
 
-// bases[node], kByteCells for leaves. Nodes with many children come first; those with one fill every hole.
-std::vector<uint32_t> place_nodes(const Trie& trie, size_t first_node, size_t& cells) {
+// bases[node], kByteCells for leaves, and cells with the labels of unused ones. Nodes with many children come first;
+// those with one fill every hole.
+std::vector<uint32_t> place_nodes(const Trie& trie, size_t first_node, std::vector<MatchCell>& cells) {
   std::vector<uint32_t> bases(trie.nodes.size(), kByteCells);
   std::vector<uint32_t> order(trie.nodes.size() - first_node);
   std::iota(order.begin(), order.end(), static_cast<uint32_t>(first_node));
@@ -168,7 +183,8 @@ std::vector<uint32_t> place_nodes(const Trie& trie, size_t first_node, size_t& c
     if (parent.children == 1 && !std::exchange(is_single, true)) placement.reopen();
     bases[node] = placement.place(trie.labels.data() + parent.first_child, parent.children);
   }
-  cells = placement.cells();
+  cells.resize(placement.cells());
+  placement.label_unused(cells);
   return bases;
 }
 
@@ -178,24 +194,32 @@ std::vector<MatchCell> build_match_table(const TokenList& tokens) {
   const Trie trie = build_trie(tokens);
   const Trie::Node& root = trie.nodes[0];
   const size_t first_pair = root.first_child + root.children;  // the first node of two bytes
-  size_t count = 0;
-  const std::vector<uint32_t> bases = place_nodes(trie, first_pair, count);
+  std::vector<MatchCell> cells;
+  const std::vector<uint32_t> bases = place_nodes(trie, first_pair, cells);
 
-  std::vector<MatchCell> cells(count, MatchCell{kByteCells, 0, kNoLabel});
+  // The cell of each node, for its children to take what it matches from.
+  std::vector<uint32_t> cell_of(trie.nodes.size());
   for (uint32_t first = 0; first < 256; ++first) {  // every byte is a token
     const Trie::Node& node = trie.nodes[root.first_child + first];
-    cells[kByteCells + first].id = node.id;
-    for (uint32_t second = 0; second < 256; ++second) cells[first | second << 8] = {kByteCells, node.id, 1};
+    const MatchCell byte{kByteCells, node.id, static_cast<uint8_t>(~first), 1};
+    cells[kByteCells + first] = byte;
+    for (uint32_t second = 0; second < 256; ++second) cells[first | second << 8] = byte;
     for (uint32_t i = node.first_child; i < node.first_child + node.children; ++i) {
-      MatchCell& pair = cells[first | static_cast<uint32_t>(trie.labels[i]) << 8];
+      cell_of[i] = first | static_cast<uint32_t>(trie.labels[i]) << 8;
+      MatchCell& pair = cells[cell_of[i]];
       pair.base = bases[i];
-      if (trie.nodes[i].id != 0) pair = {bases[i], trie.nodes[i].id, 2};
+      if (trie.nodes[i].id != 0) pair = {bases[i], trie.nodes[i].id, pair.label, 2};
     }
   }
   for (size_t parent = first_pair; parent < trie.nodes.size(); ++parent) {
     const Trie::Node& node = trie.nodes[parent];
     for (uint32_t i = node.first_child; i < node.first_child + node.children; ++i) {
-      cells[bases[parent] ^ trie.labels[i]] = {bases[i], trie.nodes[i].id, trie.labels[i]};
+      const uint8_t label = trie.labels[i];
+      cell_of[i] = bases[parent] ^ label;
+      const MatchCell& before = cells[cell_of[parent]];
+      const uint16_t id = trie.nodes[i].id;
+      const uint8_t length = id != 0 ? static_cast<uint8_t>(tokens.token(id).size()) : before.length;
+      cells[cell_of[i]] = {bases[i], id != 0 ? id : before.id, label, length};
     }
   }
   return cells;
@@ -206,7 +230,7 @@ namespace {
 bool starts_longer_token(const MatchCell* cells, uint32_t byte) {
   for (uint32_t second = 0; second < 256; ++second) {
     const MatchCell& pair = cells[byte | second << 8];
-    if (pair.label == 2 || pair.base != kByteCells) return true;
+    if (pair.length == 2 || pair.base != kByteCells) return true;
   }
   return false;
 }

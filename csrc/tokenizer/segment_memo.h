@@ -7,28 +7,45 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
-#include <iterator>
 #include <memory>
 #include <new>
 #include <type_traits>
 
 namespace rwkv {
 
-// What a segment of at most 8 * kWords bytes encoded to, if that is few enough ids.
-template <size_t kWords>
-struct MemoEntry {
-  static constexpr size_t kMaxBytes = 8 * kWords;
-  static constexpr size_t kMaxIds = 4 * kWords - 1;
-
-  uint64_t bytes[kWords];  // the segment, zeros behind it
-  uint16_t ids[kMaxIds];
-  uint8_t length;  // in bytes; 0 if the entry is empty
-  uint8_t count;   // of ids
+// A segment of fewer than kBytes bytes, zeros behind them, its length in the last byte; all zeros if there is none.
+template <size_t kBytes>
+struct SegmentKey {
+  uint8_t bytes[kBytes];
 };
 
-using ShortEntry = MemoEntry<2>;  // 32 bytes: words in Latin letters
-using LongEntry = MemoEntry<4>;   // 64 bytes: words in letters of two or three bytes
+// What a segment encoded to, if that is few enough ids.
+template <size_t kBytes>
+struct MemoEntry {
+  static constexpr size_t kKeyBytes = kBytes;
+  static constexpr size_t kMaxLength = kBytes - 1;   // of the segment
+  static constexpr size_t kMaxIds = kBytes / 2 - 1;
+
+  SegmentKey<kBytes> key;
+  uint16_t ids[kMaxIds];
+  uint16_t count;  // of ids
+};
+
+using ShortEntry = MemoEntry<16>;  // 32 bytes: words in Latin letters
+using LongEntry = MemoEntry<32>;   // 64 bytes: words in letters of two or three bytes
+
+// What the last sixteen bytes of a key are made with: those of the text, and one row, or the other.
+struct KeyRows {
+  alignas(16) uint8_t keep[32];  // at keep + 16 - n: n bytes of ones, then zeros
+  alignas(16) uint8_t length[LongEntry::kMaxLength + 1][16];  // [n] has n in its last byte, zeros before it
+};
+constexpr KeyRows make_key_rows() {
+  KeyRows rows{};
+  for (size_t i = 0; i < 16; ++i) rows.keep[i] = 255;
+  for (uint8_t n = 0; n <= LongEntry::kMaxLength; ++n) rows.length[n][15] = n;
+  return rows;
+}
+inline constexpr KeyRows kKeyRows = make_key_rows();
 
 // Direct-mapped: a segment has one place and replaces what is there. An entry holds its whole segment, so a hit is
 // never a guess. For one thread at a time, and for one encoder.
@@ -41,6 +58,8 @@ class SegmentMemo {
     if (memory_ == MAP_FAILED) throw std::bad_alloc();
     const auto begin = (reinterpret_cast<uintptr_t>(memory_) + kBytes - 1) / kBytes * kBytes;
     (void)madvise(reinterpret_cast<void*>(begin), kBytes, MADV_HUGEPAGE);
+    // All of it now, so that no text waits for it.
+    for (size_t page = 0; page < kBytes; page += 4096) *reinterpret_cast<volatile uint8_t*>(begin + page) = 0;
     short_ = reinterpret_cast<ShortEntry*>(begin);
     long_ = reinterpret_cast<LongEntry*>(begin + kShortBytes);
   }
@@ -48,36 +67,21 @@ class SegmentMemo {
   SegmentMemo(const SegmentMemo&) = delete;
   SegmentMemo& operator=(const SegmentMemo&) = delete;
 
-  // The entry of text[0 .. length), 1 <= length <= Entry::kMaxBytes, with `bytes` set to the segment. Reads
-  // Entry::kMaxBytes from the text.
+  // The one entry where a segment may be, by a hash of its key.
   template <typename Entry>
-  Entry& find(const uint8_t* text, size_t length, decltype(Entry::bytes)& bytes) {
-    decltype(Entry::bytes) keep;
-    std::memcpy(bytes, text, sizeof bytes);
-    std::memcpy(keep, kKeep + LongEntry::kMaxBytes - length, sizeof keep);
-    uint64_t hash = 0;
-    for (size_t i = 0; i < std::size(bytes); ++i) {
-      bytes[i] &= keep[i];
-      hash ^= bytes[i] * kOdd[i];
-    }
-    hash = (hash ^ hash >> 32) * 0xD6E8FEB86659FD93;
+  Entry& entry(uint64_t hash) {
     if constexpr (std::is_same_v<Entry, ShortEntry>) {
-      return short_[hash >> (64 - kLogShort)];
+      return short_[hash % kShort];
     } else {
-      return long_[hash >> (64 - kLogLong)];
+      return long_[hash % kLong];
     }
   }
 
  private:
-  static constexpr int kLogShort = 15;  // 1 MiB
-  static constexpr int kLogLong = 14;   // 1 MiB
-  static constexpr uint64_t kOdd[4] = {0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63};
-  static constexpr uint8_t kKeep[2 * LongEntry::kMaxBytes] = {
-      255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255,
-      255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255};  // then as many zeros
-
-  static constexpr size_t kShortBytes = sizeof(ShortEntry) << kLogShort;
-  static constexpr size_t kBytes = kShortBytes + (sizeof(LongEntry) << kLogLong);
+  static constexpr size_t kShort = 1 << 15;  // 1 MiB
+  static constexpr size_t kLong = 1 << 14;   // 1 MiB
+  static constexpr size_t kShortBytes = kShort * sizeof(ShortEntry);
+  static constexpr size_t kBytes = kShortBytes + kLong * sizeof(LongEntry);
   static_assert(kBytes == 2 << 20, "a large page");
 
   void* memory_;
@@ -89,7 +93,7 @@ class SegmentMemo {
 // between calls. No lock, so a fork in the middle of another thread's call leaves nothing locked.
 class MemoPool {
  public:
-  MemoPool() = default;
+  MemoPool() { slots_[0] = new SegmentMemo(); }
   ~MemoPool() {
     for (auto& slot : slots_) delete slot.load();
   }

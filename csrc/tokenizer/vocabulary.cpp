@@ -20,7 +20,7 @@ namespace {
 
 constexpr char kMagic[8] = {'R', 'W', 'K', 'V', 'v', 'o', 'c', '\n'};
 constexpr uint32_t kByteOrder = 0x01020304;
-constexpr uint32_t kVersion = 3;
+constexpr uint32_t kVersion = 4;
 
 struct Header {
   char magic[8];
@@ -153,14 +153,17 @@ class ImageFile {
     check(header.cells >= kByteCells + 256 && header.cells % 256 == 0,
           "must have a multiple of 256 cells, got " + std::to_string(header.cells));
     uint32_t furthest = 0;
-    for (uint32_t i = 0; i < header.cells; ++i) furthest = std::max(furthest, cells[i].base);
+    bool is_whole = offsets[0] == 0 && offsets[kVocabSize] == header.token_bytes && header.last_id < kVocabSize;
+    for (uint32_t i = 0; i < header.cells; ++i) {
+      furthest = std::max(furthest, cells[i].base);
+      is_whole &= cells[i].length != 0;
+    }
     check(furthest < header.cells, "must have a base below " + std::to_string(header.cells) + " in every cell, got " +
                                        std::to_string(furthest));
-    bool is_whole = offsets[0] == 0 && offsets[kVocabSize] == header.token_bytes && header.last_id < kVocabSize;
     for (size_t id = 0; id < kVocabSize; ++id) {
       is_whole &= offsets[id] <= offsets[id + 1] && offsets[id + 1] - offsets[id] == lengths[id];
     }
-    for (uint32_t pair = 0; pair < kByteCells; ++pair) is_whole &= cells[pair].label - 1u < 2;
+    for (uint32_t pair = 0; pair < kByteCells; ++pair) is_whole &= cells[pair].length <= 2;
     check(is_whole, "must have tables that agree with each other, got others");
   }
 
