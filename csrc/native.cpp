@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <deque>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -131,17 +132,23 @@ py::array encode_array(const Tokenizer& tokenizer, const py::object& text, size_
 
 template <typename Id>
 py::bytes decode_ids(const Tokenizer& tokenizer, const Id* ids, size_t count) {
-  size_t size = 0;
-  {
-    const py::gil_scoped_release unlock;
-    size = rwkv::decoded_size(tokenizer.vocabulary, ids, count);
-  }
-  const auto bytes =
-      py::reinterpret_steal<py::bytes>(PyBytes_FromStringAndSize(nullptr, static_cast<py::ssize_t>(size)));
-  if (!bytes) throw py::error_already_set();
-  char* begin = PyBytes_AS_STRING(bytes.ptr());
-  const py::gil_scoped_release unlock;
-  rwkv::decode_to(tokenizer.vocabulary, ids, count, begin, size);
+  py::object bytes;
+  const auto resize = [&bytes](size_t size) {
+    const py::gil_scoped_acquire lock;
+    PyObject* resized = bytes.release().ptr();
+    if (resized) {
+      _PyBytes_Resize(&resized, static_cast<py::ssize_t>(size));
+    } else {
+      resized = PyBytes_FromStringAndSize(nullptr, static_cast<py::ssize_t>(size));
+    }
+    if (!resized) throw py::error_already_set();
+    bytes = py::reinterpret_steal<py::object>(resized);
+    return PyBytes_AS_STRING(resized);
+  };
+  std::optional<py::gil_scoped_release> unlock;
+  if (count > 1000) unlock.emplace();  // fewer take less than a microsecond
+  rwkv::decode(tokenizer.vocabulary, ids, count, resize);
+  unlock.reset();
   return bytes;
 }
 

@@ -34,7 +34,7 @@ def layout(image):
     begins, end = {}, 88
     for name, size in {
         "boundaries": 65536 + 2 * 8 * 256 + 256,
-        "prefixes": 65536 * 16,
+        "short tokens": 65536 * 16,
         "lengths": 65536,
         "offsets": 65537 * 4,
         "cells": 8 * cells,
@@ -154,7 +154,7 @@ def test_unreadable_files(tmp_path):
     [
         (0, "<8s", b"\x7fELF\x02\x01\x01\0", "must start with 'RWKVvoc', got the bytes 7f454c4602010100"),
         (8, "<I", 0x04030201, "must have the byte order of this machine, got another"),
-        (12, "<I", 2, "must have version 4, got 2"),
+        (12, "<I", 2, "must have version 5, got 2"),
         (*CHECKSUM, 5, "must have the checksum 0000000000000005, got [0-9a-f]{16}"),
         (*SIZE, 100, r"must say that it has the \d+ bytes of its tables, says 100"),
         (32, "<Q", 7, "must have the checksum [0-9a-f]{16}, got [0-9a-f]{16}"),  # source_size
@@ -226,6 +226,9 @@ def test_tables_that_would_lead_outside_are_refused_whatever_the_checksum_says(t
         (begins["offsets"] + 4 * 65536, "<I", token_bytes + 1),
         (begins["offsets"] + 4 * 30000, "<I", token_bytes),
         (begins["lengths"] + 30000, "<B", 200),
+        (begins["short tokens"] + 16 * 30000 + 15, "<B", 16),  # more than a load has
+        (begins["short tokens"] + 15, "<B", 1),
+        (begins["short tokens"] + 16 * 65535 + 15, "<B", 0),  # as if no token were one without bytes
     ):
         refuse(path, sealed(put(image, offset, format, value)), disagree)
     # as many bytes as before, of fewer cells and more token bytes

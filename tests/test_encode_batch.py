@@ -1,4 +1,4 @@
-"""Texts encoded by several threads: in batches, long ones in pieces, files; and decoding of long arrays."""
+"""Texts encoded by several threads: in batches, long ones in pieces, files."""
 
 import mmap
 import random
@@ -138,61 +138,6 @@ def test_arrays_of_a_batch_are_views_of_one(world):
     assert first.base is second.base and first.flags.writeable
     first[0] = 1
     assert second.tolist() == [33520]
-
-
-@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.uint32, np.int64, np.uint64, ">i8", object])
-def test_decoding_of_long_arrays(world, dtype):
-    # every length of token, the longest at every distance from the end
-    rng = random.Random(2)
-    ids = rng.choices(range(65530), k=3000)
-    for end in ([65529], [65529, 1], [65529, *[1] * 15], [65529, *[1] * 16], [1] * 17, [0], [65528, 0, 0]):
-        data = b"".join(world.decode_bytes([id]) for id in ids + end)
-        assert world.decode_bytes(np.array(ids + end, dtype)) == data
-        assert world.decode_bytes(np.array((ids + end) * 2, dtype)[::2]) == b"".join(
-            world.decode_bytes([id]) for id in ((ids + end) * 2)[::2]
-        )
-
-
-def test_decoding_undoes_encoding(world):
-    for ids in (world.encode_array(TEXT), world.encode(TEXT.decode()), tuple(world.encode_bytes(TEXT))):
-        assert world.decode_bytes(ids) == TEXT
-
-
-def test_list_that_changes_while_it_is_read(world):
-    ids = [33520]
-
-    class Shrinking:
-        def __index__(self):
-            ids.clear()
-            return 4600
-
-    ids += [Shrinking(), *[5] * 1000]
-    assert world.decode(ids) == "Today is"
-
-
-def test_array_that_changes_while_it_is_decoded_is_an_error_at_most(world):
-    short, long = np.full(200_000, 1, np.uint16), np.full(200_000, 65529, np.uint16)
-    ids = short.copy()
-    stop = threading.Event()
-
-    def change():
-        while not stop.is_set():
-            ids[:] = long
-            ids[:] = short
-
-    thread = threading.Thread(target=change)
-    thread.start()
-    refused = 0
-    try:
-        for _ in range(200):
-            try:
-                assert len(world.decode_bytes(ids)) >= len(ids)
-            except ValueError as error:
-                assert "decode: ids must stay as they are while they are decoded" in str(error)
-                refused += 1
-    finally:
-        stop.set()
-        thread.join()
 
 
 def test_small_vocabulary_in_threads(tmp_path):

@@ -6,49 +6,23 @@
 
 #include "data/json_record.h"
 #include "data/utf8_check.h"
-
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
+#include "tokenizer/decoder.h"
 
 namespace rwkv {
 namespace {
 
 constexpr size_t kUsualBytes = 3;  // of a line for each token: room that is not used costs nothing
 
-constexpr ptrdiff_t kPrefix = sizeof(TokenPrefix);
-
-// Not zero if the first `length` bytes, at most kPrefix, differ. Reads kPrefix bytes of the text.
-inline uint64_t compare(const TokenPrefix& prefix, size_t length, const char* text) {
-#if defined(__SSE2__)
-  const __m128i token = _mm_loadu_si128(reinterpret_cast<const __m128i*>(&prefix));
-  const __m128i equal = _mm_cmpeq_epi8(token, _mm_loadu_si128(reinterpret_cast<const __m128i*>(text)));
-  return ~static_cast<uint32_t>(_mm_movemask_epi8(equal)) & ((uint32_t{1} << length) - 1);
-#else
-  return static_cast<uint64_t>(std::memcmp(&prefix, text, length) != 0);
-#endif
-}
-
-// Whether the tokens' bytes are the text.
+// Whether the tokens' bytes are the text. A comparison of many bytes at once costs next to nothing beside decoding.
 bool decodes_to(const Vocabulary& vocabulary, const uint16_t* ids, const uint16_t* end, std::string_view text) {
-  const TokenPrefix* prefixes = vocabulary.prefixes();
-  const uint8_t* lengths = vocabulary.lengths();
-  const char* at = text.data();
-  const char* text_end = at + text.size();
-  uint64_t difference = 0;
-  for (; ids != end; ++ids) {
-    const size_t length = lengths[*ids];
-    if (static_cast<ptrdiff_t>(length) <= kPrefix && text_end - at >= kPrefix) {
-      difference |= compare(prefixes[*ids], length, at);
-      at += length;
-      continue;
-    }
-    const std::string_view token = vocabulary.token(*ids);
-    if (static_cast<size_t>(text_end - at) < token.size()) return false;
-    if (std::memcmp(at, token.data(), token.size()) != 0) return false;
-    at += token.size();
+  char bytes[1 << 14];
+  while (ids != end) {
+    const Decoded part = decode_to(vocabulary, ids, static_cast<size_t>(end - ids), bytes, sizeof bytes);
+    if (text.substr(0, part.bytes) != std::string_view(bytes, part.bytes)) return false;
+    text.remove_prefix(part.bytes);
+    ids += part.ids;
   }
-  return difference == 0 && at == text_end;
+  return text.empty();
 }
 
 // Texts that are encoded together and then verified together, so that neither's tables push the other's out of the

@@ -19,94 +19,107 @@ namespace rwkv {
       std::to_string(vocabulary.last_id()) + "), got " + id + "; mask the other ids before sampling");
 }
 
-[[noreturn]] inline void throw_changed_ids() {
-  throw std::invalid_argument("decode: ids must stay as they are while they are decoded");
-}
-
 // The bytes of one id; id 0 ends a document and has none. Throws std::invalid_argument with index and id.
-inline std::string_view decode_id(const Vocabulary& vocabulary, int64_t id, size_t index) {
-  if (id < 0 || id >= static_cast<int64_t>(kVocabSize)) throw_bad_id(vocabulary, index, std::to_string(id));
-  const std::string_view token = vocabulary.token(static_cast<size_t>(id));
-  if (token.empty() && id != 0) throw_bad_id(vocabulary, index, std::to_string(id));
+template <typename Id>
+std::string_view decode_id(const Vocabulary& vocabulary, Id id, size_t index) {
+  const auto low = static_cast<uint16_t>(id);
+  const std::string_view token = vocabulary.token(low);
+  if (static_cast<Id>(low) != id || (token.empty() && low != 0)) {
+    throw_bad_id(vocabulary, index, std::to_string(id));
+  }
   return token;
 }
 
-template <typename Id>
-size_t count_zeros(const Id* ids, size_t count) {
-  constexpr size_t kBlock = 32768;  // few enough for a narrow sum, of which a vector register holds many
-  size_t zeros = 0;
-  for (size_t block = 0; block < count; block += kBlock) {
-    uint16_t in_block = 0;
-    for (size_t i = block; i < std::min(count, block + kBlock); ++i) in_block += ids[i] == 0;
-    zeros += in_block;
-  }
-  return zeros;
-}
-
-// How many bytes the ids decode to. Throws std::invalid_argument with index and id of the first bad one.
+// How many bytes the ids decode to. Those without a token, which decode_to() refuses, are counted as others.
 template <typename Id>
 size_t decoded_size(const Vocabulary& vocabulary, const Id* ids, size_t count) {
   const uint8_t* lengths = vocabulary.lengths();
-  // Sums instead of a test of each id: those without bytes must all be 0.
-  size_t size = 0, empty = 0;
-  uint64_t high = 0;
-  for (size_t i = 0; i < count; ++i) {
-    const uint8_t length = lengths[static_cast<uint16_t>(ids[i])];
-    size += length;
-    empty += length == 0;
-    high |= static_cast<uint64_t>(ids[i]) >> 16;
-  }
-  if (high == 0 && (empty == 0 || empty == count_zeros(ids, count))) return size;
-  for (size_t i = 0; i < count; ++i) {
-    const auto low = static_cast<uint16_t>(ids[i]);
-    if (static_cast<Id>(low) != ids[i] || (lengths[low] == 0 && low != 0)) {
-      throw_bad_id(vocabulary, i, std::to_string(ids[i]));
-    }
-  }
-  throw_changed_ids();
+  size_t size = 0;
+  for (size_t i = 0; i < count; ++i) size += lengths[static_cast<uint16_t>(ids[i])];
+  return size;
 }
 
-// Writes the `size` bytes that decoded_size() has counted, and never more: throws std::invalid_argument if the ids do
-// not fill them, because another thread has changed an id meanwhile.
+// Exactly that for few ids; of many a little less, as a sample of them says.
 template <typename Id>
-void decode_to(const Vocabulary& vocabulary, const Id* ids, size_t count, char* bytes, size_t size) {
-  const TokenPrefix* prefixes = vocabulary.prefixes();
+size_t estimate_decoded_size(const Vocabulary& vocabulary, const Id* ids, size_t count) {
+  constexpr uint32_t kSample = 4096;
+  if (count < 4 * kSample) return decoded_size(vocabulary, ids, count);
   const uint8_t* lengths = vocabulary.lengths();
-  size_t begin = 0, i = 0;
-  while (i < count) {
-    // Four tokens by sixteen bytes each, of which the next one writes over what is no part of it.
-    for (; i + 4 <= count && size - begin >= 4 * sizeof(TokenPrefix); i += 4) {
-      uint16_t id[4];
-      for (size_t k = 0; k < 4; ++k) id[k] = static_cast<uint16_t>(ids[i + k]);
-      const size_t length[4] = {lengths[id[0]], lengths[id[1]], lengths[id[2]], lengths[id[3]]};
-      if ((length[0] | length[1] | length[2] | length[3]) >= sizeof(TokenPrefix)) break;
-      for (size_t k = 0; k < 4; ++k) {
-        std::memcpy(bytes + begin, prefixes[id[k]], sizeof(TokenPrefix));
-        begin += length[k];
-      }
-    }
-    // A long one among four, or the last.
-    for (size_t k = 0; k < 4 && i < count; ++k, ++i) {
-      const auto id = static_cast<uint16_t>(ids[i]);
-      const size_t length = lengths[id];
-      if (length <= sizeof(TokenPrefix) && size - begin >= sizeof(TokenPrefix)) {
-        std::memcpy(bytes + begin, prefixes[id], sizeof(TokenPrefix));
-      } else if (length <= size - begin) {
-        std::memcpy(bytes + begin, vocabulary.token(id).data(), length);
-      } else {
-        throw_changed_ids();
-      }
-      begin += length;
-    }
+  const size_t step = count / kSample;
+  size_t size = 0;
+  for (uint32_t i = 0; i < kSample; ++i) {
+    // Places spread by Fibonacci hashing: ids that come in records of one length have no beat with the steps.
+    const uint64_t place = uint64_t{i * 0x9E3779B9u} * step >> 32;
+    size += lengths[static_cast<uint16_t>(ids[i * step + place])];
   }
-  if (begin != size) throw_changed_ids();
+  return size * count / (16 * kSample) * 15;
 }
 
-// The bytes of all ids, one after the other.
+// Adds the bytes of a short token; false for any other id. Writes 16 bytes, of which the next token's take the place of
+// those that are no part of this one.
+template <typename Id>
+inline bool add_short_token(const ShortToken* tokens, Id id, char* bytes, size_t& size) {
+  const ShortToken& token = tokens[static_cast<uint16_t>(id)];
+  std::memcpy(bytes + size, &token, sizeof token);
+  if (token.length == kNotShort || static_cast<uint64_t>(id) >> 16 != 0) return false;
+  size += token.length;
+  return true;
+}
+
+struct Decoded {
+  size_t ids = 0, bytes = 0;
+};
+
+// Goes on from `done` until no id is left or the next one's bytes find no room. Writes nothing beyond `room`, even if
+// another thread changes the ids. Throws std::invalid_argument with index and id of the first bad one.
+template <typename Id>
+Decoded decode_to(const Vocabulary& vocabulary, const Id* ids, size_t count, char* bytes, size_t room,
+                  Decoded done = {}) {
+  constexpr size_t kTogether = 4;
+  const ShortToken* tokens = vocabulary.short_tokens();
+  auto [i, size] = done;
+  for (; i < count; ++i) {
+    while (count - i >= kTogether && room - size >= kTogether * sizeof(ShortToken)) {
+      size_t added = 0;
+      while (added < kTogether && add_short_token(tokens, ids[i + added], bytes, size)) ++added;
+      i += added;
+      if (added < kTogether) break;
+    }
+    if (i == count) break;
+    if (room - size >= sizeof(ShortToken) && add_short_token(tokens, ids[i], bytes, size)) continue;
+    const std::string_view token = decode_id(vocabulary, ids[i], i);
+    if (token.size() > room - size) break;
+    std::memcpy(bytes + size, token.data(), token.size());
+    size += token.size();
+  }
+  return {i, size};
+}
+
+// The bytes of all ids, one after the other. `resize(size)` keeps what is written and returns where so many bytes have
+// room; what it gets last is the size of all.
+//
+// To count all bytes beforehand would add a third to the time. Instead there is room for nearly all at first, and what
+// is left is counted: memory that grows so little mostly stays where it is. Too much room at first would cost more:
+// glibc maps each block anew that is larger than any that was freed, and what had shrunk would always be smaller.
+template <typename Id, typename Resize>
+void decode(const Vocabulary& vocabulary, const Id* ids, size_t count, Resize resize) {
+  size_t room = estimate_decoded_size(vocabulary, ids, count);
+  Decoded done = decode_to(vocabulary, ids, count, resize(room), room);
+  while (done.ids < count) {
+    const size_t left = decoded_size(vocabulary, ids + done.ids, count - done.ids);
+    room = done.bytes + std::max(left, kMaxTokenBytes);  // less is left only if another thread changes the ids
+    done = decode_to(vocabulary, ids, count, resize(room), room, done);
+  }
+  if (done.bytes != room) resize(done.bytes);
+}
+
 template <typename Id>
 std::string decode(const Vocabulary& vocabulary, const Id* ids, size_t count) {
-  std::string bytes(decoded_size(vocabulary, ids, count), '\0');
-  decode_to(vocabulary, ids, count, bytes.data(), bytes.size());
+  std::string bytes;
+  decode(vocabulary, ids, count, [&bytes](size_t size) {
+    bytes.resize(size);
+    return bytes.data();
+  });
   return bytes;
 }
 

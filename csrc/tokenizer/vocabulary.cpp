@@ -20,7 +20,7 @@ namespace {
 
 constexpr char kMagic[8] = {'R', 'W', 'K', 'V', 'v', 'o', 'c', '\n'};
 constexpr uint32_t kByteOrder = 0x01020304;
-constexpr uint32_t kVersion = 4;
+constexpr uint32_t kVersion = 5;
 
 struct Header {
   char magic[8];
@@ -40,7 +40,7 @@ constexpr size_t kChecked = offsetof(Header, size);  // where the bytes begin th
 
 // Where the tables lie, each at the start of a cache line.
 struct Layout {
-  size_t boundary_tables, prefixes, lengths, offsets, cells, token_bytes, size;
+  size_t boundary_tables, short_tokens, lengths, offsets, cells, token_bytes, size;
 
   explicit Layout(const Header& header) {
     size_t end = sizeof(Header);
@@ -50,7 +50,7 @@ struct Layout {
       return begin;
     };
     boundary_tables = add(sizeof(BoundaryTables));
-    prefixes = add(kVocabSize * sizeof(TokenPrefix));
+    short_tokens = add(kVocabSize * sizeof(ShortToken));
     lengths = add(kVocabSize);
     offsets = add((kVocabSize + 1) * sizeof(uint32_t));
     cells = add(header.cells * sizeof(MatchCell));
@@ -58,6 +58,12 @@ struct Layout {
     size = add(0);
   }
 };
+
+// Of the ShortToken of an id.
+uint8_t short_length(size_t id, size_t length) {
+  const bool is_short = length <= sizeof(ShortToken::bytes) && (length != 0 || id == 0);
+  return is_short ? static_cast<uint8_t>(length) : kNotShort;
+}
 
 const Header& header_of(const uint8_t* image) { return *reinterpret_cast<const Header*>(image); }
 
@@ -150,6 +156,7 @@ class ImageFile {
     const auto* cells = reinterpret_cast<const MatchCell*>(image + layout.cells);
     const auto* offsets = reinterpret_cast<const uint32_t*>(image + layout.offsets);
     const uint8_t* lengths = image + layout.lengths;
+    const auto* short_tokens = reinterpret_cast<const ShortToken*>(image + layout.short_tokens);
     check(header.cells >= kByteCells + 256 && header.cells % 256 == 0,
           "must have a multiple of 256 cells, got " + std::to_string(header.cells));
     uint32_t furthest = 0;
@@ -162,6 +169,7 @@ class ImageFile {
                                        std::to_string(furthest));
     for (size_t id = 0; id < kVocabSize; ++id) {
       is_whole &= offsets[id] <= offsets[id + 1] && offsets[id + 1] - offsets[id] == lengths[id];
+      is_whole &= short_tokens[id].length == short_length(id, lengths[id]);
     }
     for (uint32_t pair = 0; pair < kByteCells; ++pair) is_whole &= cells[pair].length <= 2;
     check(is_whole, "must have tables that agree with each other, got others");
@@ -183,7 +191,7 @@ Vocabulary::Vocabulary(std::shared_ptr<const uint8_t> image) : image_(std::move(
   const uint8_t* begin = image_.get();
   const Layout layout(header_of(begin));
   boundary_tables_ = reinterpret_cast<const BoundaryTables*>(begin + layout.boundary_tables);
-  prefixes_ = reinterpret_cast<const TokenPrefix*>(begin + layout.prefixes);
+  short_tokens_ = reinterpret_cast<const ShortToken*>(begin + layout.short_tokens);
   lengths_ = begin + layout.lengths;
   offsets_ = reinterpret_cast<const uint32_t*>(begin + layout.offsets);
   cells_ = reinterpret_cast<const MatchCell*>(begin + layout.cells);
@@ -194,14 +202,15 @@ Vocabulary Vocabulary::parse(std::string_view text, const std::string& name, con
   const TokenList tokens = TokenList::parse(text, name);
   const std::vector<MatchCell> cells = build_match_table(tokens);
   std::vector<uint32_t> offsets(1, 0);
-  std::vector<char> prefixes(kVocabSize * sizeof(TokenPrefix));
+  std::vector<ShortToken> short_tokens(kVocabSize, ShortToken{});
   std::vector<uint8_t> lengths(kVocabSize);
   std::string bytes;
   for (size_t id = 0; id < kVocabSize; ++id) {
     const std::string_view token = tokens.token(id);
     bytes += token;
     offsets.push_back(static_cast<uint32_t>(bytes.size()));
-    token.copy(&prefixes[id * sizeof(TokenPrefix)], sizeof(TokenPrefix));
+    short_tokens[id].length = short_length(id, token.size());
+    if (short_tokens[id].length != kNotShort) token.copy(short_tokens[id].bytes, token.size());
     lengths[id] = static_cast<uint8_t>(token.size());
   }
 
@@ -223,7 +232,7 @@ Vocabulary Vocabulary::parse(std::string_view text, const std::string& name, con
   std::memset(image, 0, layout.size);  // so that the same text always gives the same bytes
   put(image, 0, &header, 1);
   build_boundaries(tokens, *reinterpret_cast<BoundaryTables*>(image + layout.boundary_tables));
-  put(image, layout.prefixes, prefixes.data(), prefixes.size());
+  put(image, layout.short_tokens, short_tokens.data(), short_tokens.size());
   put(image, layout.lengths, lengths.data(), lengths.size());
   put(image, layout.offsets, offsets.data(), offsets.size());
   put(image, layout.cells, cells.data(), cells.size());

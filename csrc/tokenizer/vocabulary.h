@@ -16,8 +16,13 @@ namespace rwkv {
 
 using Sha256 = std::array<uint8_t, 32>;
 
-// The first bytes of a token, zeros behind them.
-using TokenPrefix = char[16];
+// What decoding reads of an id at once: a token of up to 15 bytes, zeros behind them, and its length.
+struct ShortToken {
+  char bytes[15];
+  uint8_t length;  // 0 for id 0; kNotShort for a longer token and for none
+};
+static_assert(sizeof(ShortToken) == 16);
+constexpr uint8_t kNotShort = 0xFF;
 
 // Immutable. Copies share the memory, which the last of them frees or unmaps.
 class Vocabulary {
@@ -39,8 +44,8 @@ class Vocabulary {
 
   const MatchCell* cells() const { return cells_; }
   const BoundaryTables& boundary_tables() const { return *boundary_tables_; }
-  const TokenPrefix* prefixes() const { return prefixes_; }  // [kVocabSize]
-  const uint8_t* lengths() const { return lengths_; }        // [kVocabSize]; 0 for ids without a token
+  const ShortToken* short_tokens() const { return short_tokens_; }  // [kVocabSize]
+  const uint8_t* lengths() const { return lengths_; }               // [kVocabSize]; 0 for ids without a token
 
   // The size and the digest of the text that the tables were made from.
   uint64_t source_size() const;
@@ -53,7 +58,7 @@ class Vocabulary {
 
   std::shared_ptr<const uint8_t> image_;
   const BoundaryTables* boundary_tables_;
-  const TokenPrefix* prefixes_;
+  const ShortToken* short_tokens_;
   const uint8_t* lengths_;
   const uint32_t* offsets_;  // [kVocabSize + 1] of each token in token_bytes_
   const MatchCell* cells_;

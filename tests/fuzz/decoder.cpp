@@ -1,5 +1,6 @@
-// decode(): any ids, as numbers of 16 and of 64 bits, against the tokens one after the other.
+// decode(): any ids, as numbers of 16 and of 64 bits, together and in parts, against the tokens one after the other.
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 
 #include "oracle.h"
@@ -21,6 +22,19 @@ std::string decode(const rwkv::Vocabulary& vocabulary, const std::vector<Id>& id
     REQUIRE(std::strstr(error.what(), ("got " + std::to_string(ids[bad]) + ";").c_str()) != nullptr);
     return {};
   }
+}
+
+// With memory of just `room` bytes for each part, so that what is written behind its end is seen.
+std::string decode_in_parts(const rwkv::Vocabulary& vocabulary, const std::vector<uint16_t>& ids, size_t room) {
+  std::string bytes;
+  for (size_t start = 0; start < ids.size();) {
+    const std::unique_ptr<char[]> part(new char[room]);
+    const rwkv::Decoded done = rwkv::decode_to(vocabulary, &ids[start], ids.size() - start, part.get(), room);
+    REQUIRE(done.ids > 0 && done.bytes <= room);
+    bytes.append(part.get(), done.bytes);
+    start += done.ids;
+  }
+  return bytes;
 }
 
 }  // namespace
@@ -51,8 +65,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   REQUIRE(decode(vocabulary, wide, refused) == bytes);
   REQUIRE(refused == bad);
   if (!is_wide) {
-    REQUIRE(decode(vocabulary, std::vector<uint16_t>(wide.begin(), wide.end()), refused) == bytes);
+    const std::vector<uint16_t> ids(wide.begin(), wide.end());
+    REQUIRE(decode(vocabulary, ids, refused) == bytes);
     REQUIRE(refused == bad);
+    if (bad == kNone) REQUIRE(decode_in_parts(vocabulary, ids, rwkv::kMaxTokenBytes + size % 64) == bytes);
   }
   return 0;
 }
