@@ -31,7 +31,7 @@ class Boundaries {
   // may miss differs.
   Boundaries(const BoundaryTables& tables, bool use_vectors);
 
-  // Writes positions in text[1 .. size], size < 65536, where a token must end, in ascending order, and returns how many:
+  // Writes positions in text[1 .. size], size < 65536, where a token must end, in ascending order; returns how many:
   // not all that there are. Reads up to 66 bytes behind the text, writes up to 64 numbers behind the last.
   size_t find(const uint8_t* text, size_t size, uint16_t* ends) const { return find_(*tables_, text, size, ends); }
 
