@@ -98,6 +98,11 @@ RWKV_VBMI2 const char* unescape(const char* at, const char* end, char*& to) {
     uint64_t cut = escapes & kLast;  // goes on behind the block
     uint64_t left_out = escapes;
     __m512i made = _mm512_mask_mov_epi8(bytes, escapes << 1, replaced);
+    if ((unicode | ends | cut) == 0) {  // a branch, so that the next block need not wait for these masks
+      put(~escapes, made);
+      at += 64;
+      continue;
+    }
     if (unicode != 0) {
       const __m512i digit = look_up(kDigits, bytes);
       const __m512i next = _mm512_maskz_permutexvar_epi8(~kLast, _mm512_loadu_si512(kFollowing.entry), digit);
