@@ -18,7 +18,7 @@ from rwkv_ext.data.input_file import COMPRESSED, STANDARD_INPUT, InputFile, inne
 
 PIECE_BYTES = 16 << 20
 TEXT_FILES = 256  # in one piece, at most
-_SEARCHED = 1 << 20  # bytes read together in search of a line end
+_SEARCHED = 1 << 16  # bytes read together in search of a line end
 _memory = threading.local()  # data: what a thread reads pieces into, which fresh pages would make slower by a tenth
 
 
