@@ -49,10 +49,12 @@ void BatchEncoder::cut(const Encoder& encoder, std::string_view text) {
 BatchEncoder::BatchEncoder(const Encoder& encoder, const std::vector<std::string_view>& texts, size_t threads)
     : tasks_(1, 0) {
   std::vector<size_t> first_piece;
+  size_t all_bytes = 0;
   size_t bytes = 0;  // of the task that is not full yet
   for (const std::string_view text : texts) {
     first_piece.push_back(pieces_.size());
     cut(encoder, text);
+    all_bytes += text.size();
     for (size_t piece = first_piece.back(); piece < pieces_.size(); ++piece) {
       bytes += pieces_[piece].text.size();
       if (bytes < kTaskBytes) continue;
@@ -66,6 +68,7 @@ BatchEncoder::BatchEncoder(const Encoder& encoder, const std::vector<std::string
 
   share_tasks(tasks_.size() - 1, threads_, [&](size_t thread, size_t task) {
     const Encoder::Memo memo(encoder);
+    ids_[thread].reserve(expected_ids(all_bytes / threads_));
     for (size_t i = tasks_[task]; i < tasks_[task + 1]; ++i) {
       Piece& piece = pieces_[i];
       piece.thread = thread;

@@ -16,6 +16,9 @@
 
 namespace rwkv {
 
+// How many ids to reserve room for: more than nearly every text of so many bytes has.
+constexpr size_t expected_ids(size_t bytes) { return bytes / 2 + 4096; }
+
 // The only state is the position, so any two encodings that share one token boundary agree after it: a segment between
 // two boundaries that no token can cross encodes the same wherever it stands, and is looked up if it was seen before.
 // Immutable but for the pool of memos: any number of threads may encode with one Encoder.
