@@ -3,6 +3,7 @@
 import codecs
 import pickle
 import random
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
