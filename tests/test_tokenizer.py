@@ -249,6 +249,8 @@ def test_stream_of_parts_equals_python_decoding_bytes(world, errors, parts):
         data = world.decode_bytes(part)
         try:
             expected = python.decode(data)
+            if re.fullmatch(rb"\xed[\xa0-\xbf]", python.getstate()[0]):
+                expected += python.decode(b"", final=True)  # it waits for more behind the half of a surrogate
         except UnicodeDecodeError:
             for _ in range(2):  # a refused part is as if it had not been pushed
                 with pytest.raises(UnicodeDecodeError):
