@@ -12,12 +12,13 @@ import json
 import os
 import shutil
 import struct
+import sysconfig
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-from bench_tokenizer import read_texts
+from bench_tokenizer import read_files, read_texts
 from common import header, table
 from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
 
@@ -121,9 +122,10 @@ COLUMNS = [
 ]
 ABOUT = (
     "MB/s of text, the best of {rounds} rounds in which all take turns. Documents of {document} characters, one a line "
-    "with an id, an address and a nested object beside the text. bare: encode_array of all texts in one piece, one "
-    "thread: the roof for one thread, for all that building adds is on top of it: reading, JSON, UTF-8, decoding again "
-    "to compare, writing and forcing two files to the disk (here a RAM disk: `{folder}`). make_data: one epoch without "
+    "with an id, an address and a nested object beside the text, repeated where there are fewer different ones (code "
+    "has enough). bare: encode_array of all texts in one piece, one thread: the roof for one thread, for all that "
+    "building adds is on top of it: reading, JSON, UTF-8, decoding again to compare, writing and forcing two files to "
+    "the disk (here a RAM disk: `{folder}`). make_data: one epoch without "
     "a shuffle the way RWKV-LM's make_data.py goes about it, with the World tokenizer of the package rwkv {version}, "
     "on the first {peer:g} MB; both shards were compared byte for byte."
 )
@@ -141,7 +143,11 @@ def main():
     start = header()
     keep_freed_memory()  # as the command does
     world, trie = WorldTokenizer(), TRIE_TOKENIZER(str(WORLD))
+    size = int(options.megabytes * 1e6)
     texts = read_texts(6_000_000)
+    # all of it different, as far as there is so much
+    library = Path(sysconfig.get_path("stdlib"))
+    texts["code (Python's library)"] = read_files(library.rglob("*.py"), size).decode(errors="ignore").encode()
     rows = []
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     try:
