@@ -29,7 +29,7 @@ bool decodes_to(const Vocabulary& vocabulary, const uint16_t* ids, const uint16_
 // cache with every document.
 class Documents {
  public:
-  static constexpr size_t kTogether = size_t{1} << 18;  // bytes
+  static constexpr size_t kTogether = size_t{1} << 19;  // bytes
 
   Documents(const Encoder& encoder, const BatchOptions& options, DocumentBatch& batch)
       : encoder_(encoder), memo_(encoder), options_(options), batch_(batch) {}

@@ -14,7 +14,7 @@ namespace rwkv {
 namespace {
 
 constexpr size_t kVector = 16;
-constexpr size_t kBlock = size_t{1} << 19;  // bytes
+constexpr size_t kBlock = size_t{1} << 20;  // bytes
 constexpr int kMaxDepth = 64;
 constexpr ptrdiff_t kMaxNumber = 600;  // characters: below the least limit of digits that Python can be told
 
