@@ -131,13 +131,23 @@ py::array encode_array(const Tokenizer& tokenizer, const py::object& text, size_
   return copy_ids(encode(tokenizer, texts, threads), is_wide);
 }
 
+// Whether bytes keep memory for `room` though they need `size`: to give back so little is not worth its time. glibc,
+// which maps each block anew that is larger than any that was freed, would find every next one larger.
+bool is_nearly(size_t size, py::ssize_t room) {
+  const auto all = static_cast<size_t>(room);
+  return size <= all && all - size <= all / 16;
+}
+
 template <typename Id>
 py::bytes decode_ids(const Tokenizer& tokenizer, const Id* ids, size_t count) {
   py::object bytes;
   const auto resize = [&bytes](size_t size) {
     const py::gil_scoped_acquire lock;
     PyObject* resized = bytes.release().ptr();
-    if (resized) {
+    if (resized && is_nearly(size, PyBytes_GET_SIZE(resized))) {
+      Py_SET_SIZE(resized, static_cast<py::ssize_t>(size));
+      PyBytes_AS_STRING(resized)[size] = '\0';
+    } else if (resized) {
       _PyBytes_Resize(&resized, static_cast<py::ssize_t>(size));
     } else {
       resized = PyBytes_FromStringAndSize(nullptr, static_cast<py::ssize_t>(size));

@@ -1,5 +1,6 @@
 """Decoding of many ids: its result grows while it is made, from a guess that a sample of the ids gives."""
 
+import ctypes
 import random
 import threading
 import tracemalloc
@@ -115,14 +116,22 @@ def test_decoding_releases_the_interpreter_lock(world):
     assert turns_beside(lambda: world.decode_bytes(ids)) >= 5
 
 
-def test_no_more_memory_is_taken_than_the_bytes_need(world):
+def test_little_more_memory_is_taken_than_the_bytes_need(world):
     ids = np.tile(world.encode_array(TEXT), 8)
     tracemalloc.start()
     try:
         size = len(world.decode_bytes(ids))
-        assert tracemalloc.get_traced_memory()[1] <= size + 100_000
+        assert tracemalloc.get_traced_memory()[1] <= size * 17 / 16 + 100_000
     finally:
         tracemalloc.stop()
+
+
+def test_bytes_end_where_their_size_says(world):
+    # whose memory may be larger: C finds a zero behind them
+    rng = np.random.default_rng(3)
+    for count in (10, 4 * SAMPLE, 50_000):
+        data = world.decode_bytes(rng.integers(33, 60_000, count))
+        assert ctypes.c_char_p(data).value == data and bytes(bytearray(data)) == data and hash(data) == hash(data + b"")
 
 
 def test_array_that_changes_while_it_is_decoded_gives_bytes(world):
