@@ -226,6 +226,7 @@ def test_tables_that_would_lead_outside_are_refused_whatever_the_checksum_says(t
         (begins["offsets"] + 4 * 65536, "<I", token_bytes + 1),
         (begins["offsets"] + 4 * 30000, "<I", token_bytes),
         (begins["lengths"] + 30000, "<B", 200),
+        (begins["boundaries"] + (ord("o") | ord(" ") << 8), "<B", 2),  # a boundary that counts as two
         (begins["short tokens"] + 16 * 30000 + 15, "<B", 16),  # more than a load has
         (begins["short tokens"] + 15, "<B", 1),
         (begins["short tokens"] + 16 * 65535 + 15, "<B", 0),  # as if no token were one without bytes

@@ -153,6 +153,7 @@ class ImageFile {
   void check_tables(const uint8_t* image) const {
     const Header& header = header_of(image);
     const Layout layout(header);
+    const auto& boundaries = *reinterpret_cast<const BoundaryTables*>(image + layout.boundary_tables);
     const auto* cells = reinterpret_cast<const MatchCell*>(image + layout.cells);
     const auto* offsets = reinterpret_cast<const uint32_t*>(image + layout.offsets);
     const uint8_t* lengths = image + layout.lengths;
@@ -172,6 +173,7 @@ class ImageFile {
       is_whole &= short_tokens[id].length == short_length(id, lengths[id]);
     }
     for (uint32_t pair = 0; pair < kByteCells; ++pair) is_whole &= cells[pair].length <= 2;
+    for (const uint8_t is_split : boundaries.splits) is_whole &= is_split <= 1;  // they are summed
     check(is_whole, "must have tables that agree with each other, got others");
   }
 
