@@ -1,6 +1,7 @@
 """The fuzz targets (tests/fuzz) over their kept inputs, under AddressSanitizer and UBSan; make fuzz finds others."""
 
 import re
+import shutil
 import subprocess
 import sys
 
@@ -27,6 +28,18 @@ def test_kept_inputs(commands, target, tmp_path):
     assert done.returncode == 0, done.stderr[-6000:]
     runs = re.search(r"Done (\d+) runs in", done.stdout + done.stderr)
     assert int(runs[1]) >= len(list(folder.iterdir())) >= 5
+
+
+LIBRARY = [*ROOT.glob("csrc/tokenizer/*.cpp"), *ROOT.glob("csrc/data/*.cpp")]
+
+
+@pytest.mark.skipif(not shutil.which("clang++"), reason="there is no clang++")
+@pytest.mark.parametrize("source", [x for x in LIBRARY if "target(" in x.read_text()], ids=lambda path: path.stem)
+def test_vector_code_is_for_clang_too(source, tmp_path):
+    # make fuzz builds with it where it has libFuzzer; it knows no `#pragma GCC target`
+    command = ["clang++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Icsrc", "-c", source, "-o", tmp_path / "x"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 NEEDLE = """

@@ -7,7 +7,11 @@
 #include "tokenizer/segment_loop.h"
 
 // From here on. What others may use as well, such as longest_match(), came before it.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("sse4.2"))), apply_to = function)
+#else
 #pragma GCC target("sse4.2")
+#endif
 
 namespace rwkv {
 namespace {
@@ -45,4 +49,8 @@ uint16_t* encode_segments_sse42(const MatchCell* cells, SegmentMemo& memo, const
 }
 
 }  // namespace rwkv
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
 #endif
