@@ -131,8 +131,9 @@ py::array encode_array(const Tokenizer& tokenizer, const py::object& text, size_
   return copy_ids(encode(tokenizer, texts, threads), is_wide);
 }
 
-// Whether bytes keep memory for `room` though they need `size`: to give back so little is not worth its time. glibc,
-// which maps each block anew that is larger than any that was freed, would find every next one larger.
+// Whether bytes keep memory for `room` though they need `size`: to give back so little is not worth its time. Worse,
+// glibc maps a large block anew unless one as large was freed before, and bytes that were cut to their size are
+// smaller, when they are freed, than the room that the next ones ask for.
 bool is_nearly(size_t size, py::ssize_t room) {
   const auto all = static_cast<size_t>(room);
   return size <= all && all - size <= all / 16;
