@@ -154,6 +154,7 @@ def test_escapes_and_what_is_beside_them_at_every_place(world, vectors):
 def test_what_is_no_escape_at_every_place(world):
     wrong = [r"\u" + "12Ab"[:i] + bad + "12Ab"[i + 1 :] for i in range(4) for bad in r"g / : @ ` G é \\".split()]
     wrong += [*HALVES, r"\x41", r"\é", r"\N", "\x01", "\\\x01", "\x1f"]
+    wrong += ["\\" + x for x in "\u0710\u2019\u6587\ue000\U00080000\U00100000"]  # \ b f n r t with the highest bit set
     for length in BORDERS:
         for text in wrong:
             line = ('{"text": "\\t' + "x" * length + text + '"}').encode()
