@@ -134,6 +134,16 @@ def test_bytes_end_where_their_size_says(world):
         assert ctypes.c_char_p(data).value == data and bytes(bytearray(data)) == data and hash(data) == hash(data + b"")
 
 
+def test_bytes_end_with_a_zero_in_memory_that_had_none(world):
+    ids = np.full(4 * SAMPLE, SHORT, np.uint16)
+    ids[-1] = LONG  # behind which no zeros are copied
+    for _ in range(20):
+        filled = b"\xff" * (len(ids) * 33 // 32)
+        del filled  # its memory becomes the room for the bytes
+        data = world.decode_bytes(ids)
+        assert ctypes.string_at(data, len(data) + 1)[-1] == 0
+
+
 def test_array_that_changes_while_it_is_decoded_gives_bytes(world):
     short, long = np.full(200_000, SHORT, np.uint16), np.full(200_000, LONG, np.uint16)
     ids = short.copy()
