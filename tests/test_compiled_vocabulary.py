@@ -253,6 +253,18 @@ def test_a_cell_that_says_too_much_leads_nowhere(tmp_path, image):
     assert len(stream.push(text[1000:9000])) + len(stream.flush()) <= 8000
 
 
+def test_a_boundary_inside_a_token_leads_nowhere(tmp_path, image):
+    # One behind the first 4096 bytes, passed by before it is found: a text without others is matched token by token.
+    path, boundaries = tmp_path / "made.bin", layout(image)["boundaries"]
+    changed = bytearray(image)
+    changed[boundaries : boundaries + 65536] = bytes(65536)
+    changed[boundaries + (ord("d") | ord("a") << 8)] = 1
+    path.write_bytes(sealed(bytes(changed)))
+    tokenizer = native().Tokenizer.map(str(path), use_vectors=False)
+    for start in (4094, 4095):
+        assert tokenizer.encode_array(b"\xff" * start + b"Today" + b"\xff" * 300).tolist().count(33520) == 1
+
+
 def test_compiler_writes_what_differs_alone(tmp_path, image):
     library = tmp_path / "_native.so"
     library.symlink_to(native().__file__)
