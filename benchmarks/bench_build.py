@@ -124,10 +124,10 @@ COLUMNS = [
 ]
 ABOUT = (
     "MB/s of text, the best of {rounds} rounds in which all take turns. Documents of {document} characters, one a line "
-    "with an id, an address and a nested object beside the text, repeated where there are fewer different ones (code "
-    "has enough). bare: encode_array of all texts in one piece, one thread: the roof for one thread, for all that "
-    "building adds is on top of it: reading, JSON, UTF-8, decoding again to compare, writing and forcing two files to "
-    "the disk (here a RAM disk: `{folder}`). make_data: one epoch without "
+    "with an id, an address and a nested object beside the text, repeated if there are fewer different ones; of code "
+    "there are enough, the English ones are 3 MB of manuals. bare: encode_array of all texts in one piece, one thread: "
+    "the roof for one thread, for all that building adds is on top of it: reading, JSON, UTF-8, decoding again to "
+    "compare, writing and forcing two files to the disk (here a RAM disk: `{folder}`). make_data: one epoch without "
     "a shuffle the way RWKV-LM's make_data.py goes about it, with the World tokenizer of the package rwkv {version}, "
     "on the first {peer:g} MB; no shard is there before; both shards were compared byte for byte."
 )
@@ -148,8 +148,13 @@ def main():
     size = int(options.megabytes * 1e6)
     texts = read_texts(6_000_000)
     # all of it different, as far as there is so much
-    library = Path(sysconfig.get_path("stdlib"))
-    texts["code (Python's library)"] = read_files(library.rglob("*.py"), size).decode(errors="ignore").encode()
+    manuals, library = Path("/usr/share"), Path(sysconfig.get_path("stdlib"))
+    for name, paths in (
+        ("English (Perl's .pod)", [*manuals.rglob("*.pod"), *manuals.rglob("*.rst")]),
+        ("code (Python's library)", library.rglob("*.py")),
+    ):
+        files = [path for path in paths if path.is_file()]
+        texts[name] = read_files(files, size).decode(errors="ignore").encode()
     rows = []
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     try:
