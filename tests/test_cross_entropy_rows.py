@@ -82,7 +82,7 @@ def test_the_first_of_several_largest():
     for vocab in (5, 40, 300, 1000):
         for first in {0, 1, 4, 37, 255, 256, 290, 511, 512, 991, 999} & set(range(vocab)):
             logits = torch.zeros(1, vocab)
-            logits[0, first::3] = 2.0
+            logits[0, first :: 3] = 2.0
             gradient, plain = logits.clone(), logits.clone()
             op(gradient, torch.tensor([0]), 1.0, True)
             op(plain, torch.tensor([0]), 0.0, True)

@@ -59,7 +59,9 @@ def test_jsonl_is_make_data_byte_for_byte(tmp_path, world, upstream):
 def test_jsonl_line_ends_and_byte_order_mark(tmp_path, world, upstream, end):
     path = tmp_path / "corpus.jsonl"
     path.write_bytes(
-        b"\xef\xbb\xbf" + (end or "\n").join(json.dumps({"text": text}) for text in TEXTS).encode() + end.encode()
+        b"\xef\xbb\xbf"
+        + (end or "\n").join(json.dumps({"text": text}) for text in TEXTS).encode()
+        + end.encode()
     )
     build([path], tmp_path / "out", tokenizer=world)
     assert files(tmp_path / "out") == expected_files(TEXTS, upstream)
@@ -164,14 +166,20 @@ def test_invalid_utf8_is_named_by_its_byte(tmp_path, world):
     text = tmp_path / "latin1.txt"
     text.write_bytes(b"caf\xe9 au lait")
     advice = "convert the file, or choose --invalid-utf8=replace or --invalid-utf8=skip"
-    with pytest.raises(ValueError, match=rf"latin1.txt: byte offset 3: text must be UTF-8, got byte 0xe9 .*; {advice}"):
+    with pytest.raises(
+        ValueError, match=rf"latin1.txt: byte offset 3: text must be UTF-8, got byte 0xe9 .*; {advice}"
+    ):
         build([text], tmp_path / "out", tokenizer=world)
     lines = tmp_path / "lines.jsonl"
     lines.write_bytes(GOOD.encode() + b'\n{"text": "caf\xe9"}\n')
-    with pytest.raises(ValueError, match="lines.jsonl: line 2, byte offset 30: text must be UTF-8, got byte 0xe9"):
+    with pytest.raises(
+        ValueError, match="lines.jsonl: line 2, byte offset 30: text must be UTF-8, got byte 0xe9"
+    ):
         build([lines], tmp_path / "out", tokenizer=world)
     lines.write_bytes(b'\xef\xbb\xbf{"text": "caf\xe9"}\n')
-    with pytest.raises(ValueError, match="lines.jsonl: line 1, byte offset 16: text must be UTF-8, got byte 0xe9"):
+    with pytest.raises(
+        ValueError, match="lines.jsonl: line 1, byte offset 16: text must be UTF-8, got byte 0xe9"
+    ):
         build([lines], tmp_path / "out", tokenizer=world)
     lines.write_bytes(b"\xef\xbb\xbf" + GOOD.encode() + b"\n[]\n")
     with pytest.raises(ValueError, match="lines.jsonl: line 2, byte offset 20: line must be a JSON object"):
@@ -184,7 +192,9 @@ def test_invalid_utf8_is_named_by_its_byte(tmp_path, world):
 def test_invalid_utf8_may_be_replaced_or_skipped_and_is_counted(tmp_path, world):
     text, lines = tmp_path / "a.txt", tmp_path / "b.jsonl"
     text.write_bytes(b"caf\xe9 \xf0\x9f!")
-    lines.write_bytes(b'{"text": "\xff"}\n{"text": "x\\udc00\\ud83e\\udd80\\ud800"}\n{"text": "good"}\n\xfe\n')
+    lines.write_bytes(
+        b'{"text": "\xff"}\n{"text": "x\\udc00\\ud83e\\udd80\\ud800"}\n{"text": "good"}\n\xfe\n'
+    )
 
     def read(path, policy):
         try:
@@ -206,7 +216,9 @@ def test_invalid_utf8_may_be_replaced_or_skipped_and_is_counted(tmp_path, world)
     assert (skipped.documents, skipped.repaired, skipped.skipped) == (1, 0, 3)
     assert "not UTF-8        3 documents, left out" in skipped.lines()
     assert BinidxReader(tmp_path / "skipped").tokens.tolist() == [*world.encode("good"), 0]
-    with pytest.raises(ValueError, match=r"the 1 input files must hold a document, got none \(1 were not UTF-8\)"):
+    with pytest.raises(
+        ValueError, match=r"the 1 input files must hold a document, got none \(1 were not UTF-8\)"
+    ):
         build([text], tmp_path / "none", tokenizer=world, invalid_utf8="skip")
 
 
@@ -243,7 +255,9 @@ def test_interrupt_leaves_nothing_behind(tmp_path):
 
 def test_document_that_does_not_decode_to_itself(tmp_path):
     path = write_lines(tmp_path / "corpus.jsonl", {"text": "first"}, {"text": "third"})
-    message = "corpus.jsonl: the document that ends at byte 36 must decode to itself, but it does not; report this"
+    message = (
+        "corpus.jsonl: the document that ends at byte 36 must decode to itself, but it does not; report this"
+    )
     with pytest.raises(ValueError, match=message):
         build([path], tmp_path / "out", tokenizer=Tampering(lambda: None))
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]

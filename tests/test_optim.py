@@ -120,4 +120,6 @@ def test_optim_clipped_step(limit):
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=3e-7)
         for kind in ("exp_avg", "exp_avg_sq"):
-            torch.testing.assert_close(optimizers[0].state[a][kind], optimizers[1].state[b][kind], rtol=1e-5, atol=1e-9)
+            torch.testing.assert_close(
+                optimizers[0].state[a][kind], optimizers[1].state[b][kind], rtol=1e-5, atol=1e-9
+            )

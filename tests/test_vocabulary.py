@@ -13,7 +13,9 @@ from rwkv_ext.vocabulary import WORLD
 
 def test_vocabulary_is_the_canonical_file():
     data = WORLD.read_bytes()
-    assert hashlib.sha256(data).hexdigest() == "e6dee3d4e31b4d5c40ac99508ac6c701ceef4bed681bf2167ce9a908552bca89"
+    assert (
+        hashlib.sha256(data).hexdigest() == "e6dee3d4e31b4d5c40ac99508ac6c701ceef4bed681bf2167ce9a908552bca89"
+    )
     assert len(data) == 1_093_733
 
 
@@ -74,12 +76,16 @@ def test_line_ends_do_not_matter(tmp_path):
     ],
 )
 def test_bad_vocabulary_line_is_named(tmp_path, line, message):
-    with pytest.raises(ValueError, match=rf"vocabulary .*vocabulary.txt, line 258: {message}.*; use an intact copy"):
+    with pytest.raises(
+        ValueError, match=rf"vocabulary .*vocabulary.txt, line 258: {message}.*; use an intact copy"
+    ):
         load(tmp_path, "400 'fine' 4", line, "500 'also' 4")
 
 
 def test_vocabulary_must_hold_every_byte(tmp_path):
-    with pytest.raises(ValueError, match=r"vocabulary.txt: every byte must be a token, got none for 255; use an"):
+    with pytest.raises(
+        ValueError, match=r"vocabulary.txt: every byte must be a token, got none for 255; use an"
+    ):
         load(tmp_path, base=SINGLE_BYTES[:-1])
 
 

@@ -1,6 +1,6 @@
 """A training run of a second or two, shared by the trainer's tests: shards of a small synthetic language and a config.
 
-PYTHONPATH=. python tests/tiny_run.py finch        records tests/golden/train_finch.json anew (or eagle)
+    PYTHONPATH=. python tests/tiny_run.py finch        records tests/golden/train_finch.json anew (or eagle)
 """
 
 import json

@@ -185,3 +185,5 @@ def run(variant: Variant, program: Path, *arguments, timeout: float = 600) -> su
         timeout=timeout,
         env={**os.environ, **variant.environment},
     )
+
+

@@ -1,8 +1,8 @@
 """The WKV ops on the emulated device, with the signatures of rwkv_ext's ops.
 
-emulator = Emulator(segment_tokens=128)
-y, state_out = emulator.wkv6(r, k, v, w, u, state)     # has gradients: rwkv_ext.testing takes it as an op
-emulator.launches                                      # what ran last, with the bytes it moved
+    emulator = Emulator(segment_tokens=128)
+    y, state_out = emulator.wkv6(r, k, v, w, u, state)     # has gradients: rwkv_ext.testing takes it as an op
+    emulator.launches                                      # what ran last, with the bytes it moved
 """
 
 import tempfile
