@@ -16,11 +16,6 @@ struct Block {
   }
   void store(void* to) const { std::memcpy(to, words, sizeof words); }
 
-  Block cut(size_t kept, size_t length) const {
-    const Block keep = load(kKeyRows.keep + sizeof(Block) - kept), end = load(kKeyRows.length[length]);
-    return {{(words[0] & keep.words[0]) | end.words[0], (words[1] & keep.words[1]) | end.words[1]}};
-  }
-
   uint64_t hash(uint64_t seed) const {
     seed = (seed ^ words[0]) * 0x9E3779B97F4A7C15;
     seed = (seed ^ seed >> 32 ^ words[1]) * 0xC2B2AE3D27D4EB4F;
@@ -28,6 +23,7 @@ struct Block {
   }
 
   Block difference(Block other) const { return {{words[0] ^ other.words[0], words[1] ^ other.words[1]}}; }
+  Block meet(Block other) const { return {{words[0] & other.words[0], words[1] & other.words[1]}}; }
   Block join(Block other) const { return {{words[0] | other.words[0], words[1] | other.words[1]}}; }
   bool is_zero() const { return (words[0] | words[1]) == 0; }
 };

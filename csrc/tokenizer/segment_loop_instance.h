@@ -38,7 +38,10 @@ inline uint16_t* recall_segment(const MatchCell* cells, SegmentMemo& memo, const
   uint64_t hash = 0;
   for (size_t i = 0; i < kBlocks; ++i) {
     key[i] = Block::load(text + i * sizeof(Block));
-    if (i == kBlocks - 1) key[i] = key[i].cut(length - kLast, length);
+    if (i == kBlocks - 1) {  // without what is behind the segment, but with its length
+      const Block keep = Block::load(kKeyRows.keep + sizeof(Block) - (length - kLast));
+      key[i] = key[i].meet(keep).join(Block::load(kKeyRows.length[length]));
+    }
     hash = key[i].hash(hash);
   }
   Entry& entry = memo.entry<Entry>(hash);

@@ -22,17 +22,13 @@ struct Block {
   static Block load(const void* from) { return {_mm_loadu_si128(static_cast<const __m128i*>(from))}; }
   void store(void* to) const { _mm_storeu_si128(static_cast<__m128i*>(to), bytes); }
 
-  Block cut(size_t kept, size_t length) const {
-    const Block keep = load(kKeyRows.keep + sizeof(Block) - kept), end = load(kKeyRows.length[length]);
-    return {_mm_or_si128(_mm_and_si128(bytes, keep.bytes), end.bytes)};
-  }
-
   uint64_t hash(uint64_t seed) const {
     seed = _mm_crc32_u64(seed, static_cast<uint64_t>(_mm_cvtsi128_si64(bytes)));
     return _mm_crc32_u64(seed, static_cast<uint64_t>(_mm_extract_epi64(bytes, 1)));
   }
 
   Block difference(Block other) const { return {_mm_xor_si128(bytes, other.bytes)}; }
+  Block meet(Block other) const { return {_mm_and_si128(bytes, other.bytes)}; }
   Block join(Block other) const { return {_mm_or_si128(bytes, other.bytes)}; }
   bool is_zero() const { return _mm_testz_si128(bytes, bytes) != 0; }
 };
