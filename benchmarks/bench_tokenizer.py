@@ -166,7 +166,6 @@ def bench_threads(text: bytes, world: WorldTokenizer, rust, rounds: int) -> list
     """Of a text of 16 MB or more, so that a thread's start is no part of it."""
     text *= -(-16_000_000 // len(text))
     documents = cut(text.decode())
-    pool = ThreadPoolExecutor(2)
     functions = {
         "one": lambda: world.encode_array(text),
         "two": lambda: world.encode_array(text, threads=2),
@@ -174,7 +173,9 @@ def bench_threads(text: bytes, world: WorldTokenizer, rust, rounds: int) -> list
         "batch": lambda: world.encode_packed(documents, threads=2),
         "rust": lambda: rust.encode_batch(documents),
     }
-    speed = {name: len(text) / x.best / 1e6 for name, x in measure(functions, rounds, warm=True).items()}
+    with ThreadPoolExecutor(2) as pool:
+        times = measure(functions, rounds, warm=True)
+    speed = {name: len(text) / x.best / 1e6 for name, x in times.items()}
     speed["calls"] *= 2
     ratios = speed["two"] / speed["one"], speed["two"] / speed["calls"], speed["batch"] / speed["rust"]
     return [*(f"{speed[name]:.0f}" for name in functions), *ratios]
