@@ -251,6 +251,7 @@ def test_a_cell_that_says_too_much_leads_nowhere(tmp_path, image):
         assert 1 <= len(tokenizer.encode_array(text[1000 : 1000 + end])) <= end
     stream = native().StreamEncoder(tokenizer)
     assert len(stream.push(text[1000:9000])) + len(stream.flush()) <= 8000
+    assert native().encode_texts(tokenizer, b" toolqqq", np.array([0, 8]), 0, False, False)[4] == 0
 
 
 def test_a_boundary_inside_a_token_leads_nowhere(tmp_path, image):
@@ -263,6 +264,40 @@ def test_a_boundary_inside_a_token_leads_nowhere(tmp_path, image):
     tokenizer = native().Tokenizer.map(str(path), use_vectors=False)
     for start in (4094, 4095):
         assert tokenizer.encode_array(b"\xff" * start + b"Today" + b"\xff" * 300).tolist().count(33520) == 1
+
+
+@pytest.mark.parametrize(
+    "token",
+    [b"\x07", b" tool", b" scientifically", b"ArgumentException", " американ".encode(), b"=" * 64, b" " * 128],
+    ids=lambda token: f"{len(token)} bytes",
+)
+def test_batches_end_before_a_text_with_a_token_of_other_bytes(tmp_path, world, image, token):
+    begins, (token_id,) = layout(image), world.encode(token.decode())
+    changed = bytearray(image)
+    if len(token) <= 15:
+        changed[begins["short tokens"] + 16 * token_id + len(token) - 1] ^= 1
+    offset = struct.unpack_from("<I", image, begins["offsets"] + 4 * token_id)[0]
+    changed[begins["bytes"] + offset + len(token) - 1] ^= 1
+    path = tmp_path / "made.bin"
+    path.write_bytes(sealed(bytes(changed)))
+
+    fine = b"A fine text." * 20
+    for text in (  # where it comes first, behind much else, last, and where no boundary may be seen
+        b"\x01" + token + b"\x01, seen before others" + b"\x01" * 300,
+        b"\x01" + b"xyz." * 1500 + b"\x01" + token + b"\x01" * 300,
+        b"\x01" + token,
+        token * (5000 // len(token)),
+    ):
+        assert token_id in world.encode_bytes(text) and token_id not in world.encode_bytes(fine)
+        data, offsets = fine + text + fine, np.cumsum([0, len(fine), len(text), len(fine)])
+        assert native().encode_texts(world._native, data, offsets, 0, False, False)[4] == 3
+        for vectors in (True, False):
+            wrong = native().Tokenizer.map(str(path), vectors)
+            for first in (0, 1, 0):  # nothing wrong is kept and believed later
+                ids, sizes, *_, done = native().encode_texts(wrong, data, offsets, first, False, False)[:5]
+                assert done == 1 - first and len(sizes) == done
+                assert ids.tolist() == world.encode_bytes(fine) * done
+            assert native().encode_texts(wrong, data, offsets, 2, False, False)[4] == 1
 
 
 def test_compiler_writes_what_differs_alone(tmp_path, image):

@@ -14,7 +14,6 @@ namespace rwkv {
 namespace {
 
 constexpr size_t kVector = 16;
-constexpr size_t kBlock = size_t{1} << 20;  // bytes
 constexpr int kMaxDepth = 64;
 constexpr ptrdiff_t kMaxNumber = 600;  // characters: below the least limit of digits that Python can be told
 
@@ -294,31 +293,17 @@ struct Walk {
 }  // namespace
 
 char* JsonRecord::Scratch::room(size_t count) {
-  if (size_ - used_ < count) {
-    const size_t size = std::max(count, kBlock);
-    blocks_.push_back(std::unique_ptr<char[]>(new char[size]));
-    size_ = size;
-    used_ = 0;
+  if (size_ < count) {
+    bytes_.reset(new char[count]);
+    size_ = count;
   }
-  return blocks_.back().get() + used_;
-}
-
-void JsonRecord::Scratch::clear() {
-  if (blocks_.size() > 1) {
-    blocks_.clear();
-    size_ = 0;
-  }
-  used_ = 0;
+  return bytes_.get();
 }
 
 bool JsonRecord::read(std::string_view line, std::string_view key, std::string_view& text) {
   const char* end = line.data() + line.size();
-  const bool accepted =
-      use_vectors_ ? Walk<true>{line.data(), end, find_unescape()}.read_record(key, key_, texts_, text)
-                   : Walk<false>{line.data(), end, nullptr}.read_record(key, key_, texts_, text);
-  const bool is_copy = accepted && (text.data() < line.data() || text.data() >= end);
-  if (is_copy) texts_.keep(text.size());
-  return accepted;
+  return use_vectors_ ? Walk<true>{line.data(), end, find_unescape()}.read_record(key, key_, text_, text)
+                      : Walk<false>{line.data(), end, nullptr}.read_record(key, key_, text_, text);
 }
 
 }  // namespace rwkv

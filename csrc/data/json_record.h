@@ -4,7 +4,6 @@
 #include <cstddef>
 #include <memory>
 #include <string_view>
-#include <vector>
 
 namespace rwkv {
 
@@ -17,28 +16,23 @@ class JsonRecord {
   explicit JsonRecord(bool use_vectors = true) : use_vectors_(use_vectors) {}
 
   // Sets `text` to the string that the last `key` of the object `line` has. It lies in `line` or in memory that lasts
-  // until clear(). False where the line is not accepted. `line` must be UTF-8; neither may hold a line end.
+  // until the next call. False where the line is not accepted. `line` must be UTF-8; neither may hold a line end.
   bool read(std::string_view line, std::string_view key, std::string_view& text);
 
-  // Gives up the memory of all texts that were read.
-  void clear() { texts_.clear(); }
-
  private:
-  // Memory for unescaped strings, which are no longer than what they were. What is kept is not moved.
+  // Memory for an unescaped string, which is no longer than what it was.
   class Scratch {
    public:
-    char* room(size_t count);  // the same again until keep()
-    void keep(size_t count) { used_ += count; }
-    void clear();
+    char* room(size_t count);  // of what was written there nothing stays if more is needed than before
 
    private:
-    std::vector<std::unique_ptr<char[]>> blocks_;
-    size_t size_ = 0, used_ = 0;  // of the last block
+    std::unique_ptr<char[]> bytes_;
+    size_t size_ = 0;
   };
 
   bool use_vectors_;
   Scratch key_;
-  Scratch texts_;
+  Scratch text_;
 };
 
 }  // namespace rwkv

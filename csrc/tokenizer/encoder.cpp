@@ -20,15 +20,20 @@ Encoder::Encoder(const Vocabulary& vocabulary, bool use_vectors)
     : vocabulary_(vocabulary),
       cells_(vocabulary_.cells()),
       boundaries_(vocabulary_.boundary_tables(), use_vectors),
-      segment_loop_(choose_segment_loop(use_vectors)) {}
+      segment_loop_(choose_segment_loop(use_vectors)) {
+  const Memo first(*this);  // is there from now on, so that no text waits for it
+}
 
 // Encodes at least up to `end` with tokens that end at or before `limit`.
 inline void Encoder::match_tokens(Run& run, size_t end, size_t limit) const {
+  const uint16_t* const first = run.out;
+  const size_t begin = run.start;
   while (run.start < end) {
     const Match match = longest_match(cells_, run.text + run.start, limit - run.start);
     *run.out++ = match.id;
     run.start += match.length;
   }
+  run.memo.verify(first, run.out, run.text + begin, run.start - begin);
 }
 
 // Encodes the segments that end at or before `last`, which is at least kReadAhead bytes from the text's end.

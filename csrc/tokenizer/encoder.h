@@ -32,14 +32,19 @@ class Encoder {
   // What the texts of one thread share: lent by the encoder, given back at the end.
   class Memo {
    public:
-    explicit Memo(const Encoder& encoder) : encoder_(encoder), memo_(encoder.memos_.take()) {}
-    ~Memo() { encoder_.memos_.give_back(std::move(memo_)); }
+    // verify: whether what is encoded is decoded again and compared; a segment that is seen again, once for all.
+    explicit Memo(const Encoder& encoder, bool verify = false)
+        : pool_(verify ? encoder.verified_memos_ : encoder.memos_), memo_(pool_.take()) {}
+    ~Memo() { pool_.give_back(std::move(memo_)); }
     Memo(const Memo&) = delete;
     Memo& operator=(const Memo&) = delete;
 
+    // Whether all ids so far were those of their texts, as far as they are verified.
+    bool is_right() const { return memo_->is_right(); }
+
    private:
     friend class Encoder;
-    const Encoder& encoder_;
+    MemoPool& pool_;
     std::unique_ptr<SegmentMemo> memo_;
   };
 
@@ -73,7 +78,8 @@ class Encoder {
   const MatchCell* cells_;
   Boundaries boundaries_;
   SegmentLoop segment_loop_;
-  mutable MemoPool memos_;
+  mutable MemoPool memos_{nullptr};
+  mutable MemoPool verified_memos_{&vocabulary_};
 };
 
 }  // namespace rwkv

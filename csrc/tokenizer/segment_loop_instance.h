@@ -17,10 +17,11 @@ inline uint16_t* match_segment(const MatchCell* cells, const uint8_t* text, size
 // Encodes a segment that was not found and puts it in `entry`. From the key, not from the text, which a careless caller
 // may change meanwhile: an entry must never be wrong. Out of line: the loop around it has few registers to spare.
 template <typename Entry>
-[[gnu::noinline]] uint16_t* add_segment(const MatchCell* cells, Entry& entry, const SegmentKey<Entry::kKeyBytes> key,
-                                        size_t length, uint16_t* out) {
+[[gnu::noinline]] uint16_t* add_segment(const MatchCell* cells, SegmentMemo& memo, Entry& entry,
+                                        const SegmentKey<Entry::kKeyBytes> key, size_t length, uint16_t* out) {
   uint16_t* const end = match_segment(cells, key.bytes, length, out);
   const auto count = static_cast<size_t>(end - out);
+  memo.verify(out, end, key.bytes, length);
   if (count > Entry::kMaxIds) return end;
   entry.key = key;
   std::memcpy(entry.ids, out, count * sizeof(uint16_t));
@@ -59,7 +60,7 @@ inline uint16_t* recall_segment(const MatchCell* cells, SegmentMemo& memo, const
   }
   SegmentKey<Entry::kKeyBytes> bytes;
   for (size_t i = 0; i < kBlocks; ++i) key[i].store(bytes.bytes + i * sizeof(Block));
-  return add_segment(cells, entry, bytes, length, out);
+  return add_segment(cells, memo, entry, bytes, length, out);
 }
 
 // As a SegmentLoop.
@@ -73,7 +74,9 @@ inline uint16_t* encode_segments(const MatchCell* cells, SegmentMemo& memo, cons
     } else if (length <= LongEntry::kMaxLength) {
       out = recall_segment<LongEntry>(cells, memo, begin, length, out);
     } else {
+      uint16_t* const first = out;
       out = match_segment(cells, begin, length, out);
+      memo.verify(first, out, begin, length);
     }
     begin = end;
   }

@@ -11,6 +11,8 @@
 #include <new>
 #include <type_traits>
 
+#include "tokenizer/vocabulary.h"
+
 namespace rwkv {
 
 // A segment of fewer than kBytes bytes, zeros behind them, its length in the last byte; all zeros if there is none.
@@ -49,9 +51,12 @@ inline constexpr KeyRows kKeyRows = make_key_rows();
 
 // Direct-mapped: a segment has one place and replaces what is there. An entry holds its whole segment, so a hit is
 // never a guess. For one thread at a time, and for one encoder.
+//
+// With a vocabulary, ids are verified with it: that what they decode to is their text. Those of a segment are when it
+// comes to the memo, so that a hit, which compares the segment, needs no more than that.
 class SegmentMemo {
  public:
-  SegmentMemo() {
+  explicit SegmentMemo(const Vocabulary* verify_with = nullptr) : vocabulary_(verify_with) {
     // As many addresses again, of which the part is used that starts where a large page does: one large page of zeros,
     // if the system gives one, takes a tenth of the time of 512 small ones that are touched one by one.
     memory_ = mmap(nullptr, 2 * kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -67,6 +72,14 @@ class SegmentMemo {
   SegmentMemo(const SegmentMemo&) = delete;
   SegmentMemo& operator=(const SegmentMemo&) = delete;
 
+  // For all ids that are not in the memo.
+  void verify(const uint16_t* ids, const uint16_t* end, const uint8_t* text, size_t length) {
+    if (vocabulary_) [[unlikely]] verify_soon(ids, end, text, length);
+  }
+
+  // Whether all ids so far were right.
+  bool is_right();
+
   // The one entry where a segment may be, by a hash of its key.
   template <typename Entry>
   Entry& entry(uint64_t hash) {
@@ -78,6 +91,16 @@ class SegmentMemo {
   }
 
  private:
+  // A segment whose tokens are on their way to the cache.
+  struct Waiting {
+    uint8_t text[LongEntry::kMaxLength];
+    uint16_t ids[LongEntry::kMaxLength];
+    size_t length = 0, count = 0;
+  };
+
+  void verify_soon(const uint16_t* ids, const uint16_t* end, const uint8_t* text, size_t length);
+  bool are_of(const uint16_t* ids, const uint16_t* end, const uint8_t* text, size_t length) const;
+
   static constexpr size_t kShort = 1 << 15;  // 1 MiB
   static constexpr size_t kLong = 1 << 14;   // 1 MiB
   static constexpr size_t kShortBytes = kShort * sizeof(ShortEntry);
@@ -87,13 +110,16 @@ class SegmentMemo {
   void* memory_;
   ShortEntry* short_;
   LongEntry* long_;
+  const Vocabulary* vocabulary_;
+  Waiting waiting_;
+  bool is_right_ = true;
 };
 
 // The memos of one encoder, lent to one call at a time: as many exist as calls ever ran at once, kSlots at most
 // between calls. No lock, so a fork in the middle of another thread's call leaves nothing locked.
 class MemoPool {
  public:
-  MemoPool() { slots_[0] = new SegmentMemo(); }
+  explicit MemoPool(const Vocabulary* verify_with) : vocabulary_(verify_with) {}
   ~MemoPool() {
     for (auto& slot : slots_) delete slot.load();
   }
@@ -107,10 +133,11 @@ class MemoPool {
         return std::unique_ptr<SegmentMemo>(memo);
       }
     }
-    return std::make_unique<SegmentMemo>();
+    return std::make_unique<SegmentMemo>(vocabulary_);
   }
 
   void give_back(std::unique_ptr<SegmentMemo> memo) {
+    if (!memo->is_right()) return;
     for (auto& slot : slots_) {
       SegmentMemo* empty = nullptr;
       if (slot.compare_exchange_strong(empty, memo.get(), std::memory_order_release, std::memory_order_relaxed)) {
@@ -122,6 +149,7 @@ class MemoPool {
 
  private:
   static constexpr size_t kSlots = 16;
+  const Vocabulary* vocabulary_;
   std::array<std::atomic<SegmentMemo*>, kSlots> slots_{};
 };
 
