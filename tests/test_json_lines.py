@@ -29,6 +29,14 @@ def accepted(world, line, key="text"):
     assert results[0] == results[1]
     texts, _, lines, position = results[0]
     assert (len(texts), lines, position) in ((1, 1, len(line)), (0, 0, 0))
+    for after in (b'\n{"' + key.encode() + b'": "}"}', b'\n", "' + key.encode() + b'": "x"}'):  # changes nothing
+        more, _, lines, position = read(world, line + after, key=key)
+        if not texts:
+            assert (more, lines, position) == ([], 0, 0)
+        elif after.endswith(b'}"}'):
+            assert (more, lines, position) == ([*texts, b"}"], 2, len(line + after))
+        else:
+            assert (more, lines, position) == (texts, 1, len(line) + 1)
     return texts[0] if texts else None
 
 
@@ -116,6 +124,7 @@ def test_left_to_json(world, line):
     (b'{"a": -0.5e+10, "b": [[], {}, [true, false, null]], "text": ""}', b""),
     (b'{"a": ' + b"[" * 63 + b"]" * 63 + b', "text": "x"}', b"x"),
     (b'{"text": "\\u0000"}', b"\0"),
+    (b'{"a": "' + b"\\u0431\\n\\ud800x" * 40 + b'\\"}", "text": "x", "b": "\\u4eca"}', b"x"),
 ])  # fmt: skip
 def test_accepted(world, line, text):
     assert accepted(world, line) == text == expected(line)

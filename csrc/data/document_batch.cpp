@@ -1,7 +1,5 @@
 #include "data/document_batch.h"
 
-#include <algorithm>
-#include <cstring>
 #include <limits>
 
 #include "data/json_record.h"
@@ -82,17 +80,18 @@ DocumentBatch encode_lines(const Encoder& encoder, std::string_view lines, size_
   JsonRecord record(options.use_vectors);
   batch.ids.room((lines.size() - position) / kUsualBytes);
   while (position < lines.size()) {
-    const char* begin = lines.data() + position;
-    const size_t rest = lines.size() - position;
-    const void* newline = std::memchr(begin, '\n', rest);
-    const size_t length = newline ? static_cast<size_t>(static_cast<const char*>(newline) - begin) : rest;
-    const std::string_view line(begin, length);
-    std::string_view text;
-    if (!is_passed_over(line)) {
-      if (!is_utf8(line, options.use_vectors) || !record.read(line, key, text) || !documents.add(text)) break;
+    // A record is read to where its line ends, not to an end that would have to be looked for first.
+    std::string_view rest = lines.substr(position), text;
+    if (record.read(rest, key, text)) {
+      const std::string_view line = lines.substr(position, lines.size() - rest.size() - position);
+      if (!is_utf8(line, options.use_vectors) || !documents.add(text)) break;
+    } else {
+      const std::string_view line = rest.substr(0, rest.find('\n'));
+      if (!is_passed_over(line)) break;
+      rest.remove_prefix(line.size());
     }
     ++batch.lines;
-    position += std::min(length + 1, rest);
+    position = lines.size() - rest.size() + !rest.empty();
   }
   batch.position = position;
   return batch;

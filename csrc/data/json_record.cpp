@@ -113,12 +113,15 @@ char short_escape(char byte) {
   }
 }
 
-// Walks over one line; every function moves `at` behind what it reads and returns false where that is not there.
-template <bool kVectors>
+// Walks over a line; every function moves `at` behind what it reads and returns false where that is not there. None
+// passes a line end: it is neither space nor a part of a string.
+template <bool kVectors, typename Scratch>
 struct Walk {
   const char* at;
   const char* end;
   Unescape unescape;  // or null
+  Scratch& key_scratch;
+  Scratch& text_scratch;
 
   bool next_is(char byte) {
     if (at == end || *at != byte) return false;
@@ -158,15 +161,27 @@ struct Walk {
 
   // Behind the opening quote.
   bool skip_string() {
+    at = find_special<kVectors>(at, end);
     for (;;) {
-      at = find_special<kVectors>(at, end);
       if (next_is('"')) return true;
       if (!next_is('\\') || at == end) return false;
       const char escape = *at++;
-      if (short_escape(escape) != 0) continue;
-      if (escape != 'u' || end - at < 4 || code_unit(at) > 0xFFFF) return false;
-      at += 4;
+      if (short_escape(escape) == 0) {
+        if (escape != 'u' || end - at < 4 || code_unit(at) > 0xFFFF) return false;
+        at += 4;
+      }
+      if (unescape) {  // many escapes at once, though nobody reads what they stand for
+        char* out = room(key_scratch, at);
+        at = unescape(at, end, out);
+      } else {
+        at = find_special<kVectors>(at, end);
+      }
     }
+  }
+
+  // For what the string from `first` on stands for.
+  char* room(Scratch& scratch, const char* first) {
+    return scratch.room(static_cast<size_t>(end - first) + std::max(kVector, kUnescapeRoom));
   }
 
   // Behind `\u`; reads every `\uXXXX` that follows as well.
@@ -194,7 +209,6 @@ struct Walk {
   }
 
   // Behind the opening quote. The string stays where it is unless it has an escape.
-  template <typename Scratch>
   bool read_string(Scratch& scratch, std::string_view& string) {
     const char* first = at;
     at = find_special<kVectors>(at, end);
@@ -202,7 +216,7 @@ struct Walk {
       string = {first, static_cast<size_t>(at - 1 - first)};
       return true;
     }
-    char* const begin = scratch.room(static_cast<size_t>(end - first) + std::max(kVector, kUnescapeRoom));
+    char* const begin = room(scratch, first);
     char* out = begin;
     std::memcpy(out, first, static_cast<size_t>(at - first));
     out += at - first;
@@ -268,8 +282,7 @@ struct Walk {
     }
   }
 
-  template <typename Scratch>
-  bool read_record(std::string_view wanted, Scratch& key_scratch, Scratch& text_scratch, std::string_view& text) {
+  bool read_record(std::string_view wanted, std::string_view& text) {
     skip_space();
     if (!next_is('{')) return false;
     skip_space();
@@ -286,7 +299,7 @@ struct Walk {
       if (!next_member('}', more)) return false;
     }
     skip_space();
-    return found && at == end;
+    return found && (at == end || *at == '\n');
   }
 };
 
@@ -300,10 +313,15 @@ char* JsonRecord::Scratch::room(size_t count) {
   return bytes_.get();
 }
 
-bool JsonRecord::read(std::string_view line, std::string_view key, std::string_view& text) {
-  const char* end = line.data() + line.size();
-  return use_vectors_ ? Walk<true>{line.data(), end, find_unescape()}.read_record(key, key_, text_, text)
-                      : Walk<false>{line.data(), end, nullptr}.read_record(key, key_, text_, text);
+bool JsonRecord::read(std::string_view& lines, std::string_view key, std::string_view& text) {
+  const char* const end = lines.data() + lines.size();
+  const auto read_with = [&](auto walk) {
+    if (!walk.read_record(key, text)) return false;
+    lines.remove_prefix(static_cast<size_t>(walk.at - lines.data()));
+    return true;
+  };
+  return use_vectors_ ? read_with(Walk<true, Scratch>{lines.data(), end, find_unescape(), key_, text_})
+                      : read_with(Walk<false, Scratch>{lines.data(), end, nullptr, key_, text_});
 }
 
 }  // namespace rwkv

@@ -1,4 +1,4 @@
-// One line of JSON to the string under one key of its object.
+// A line of JSON to the string under one key of its object.
 #pragma once
 
 #include <cstddef>
@@ -15,9 +15,10 @@ class JsonRecord {
   // use_vectors false: plain C++; the answers are the same.
   explicit JsonRecord(bool use_vectors = true) : use_vectors_(use_vectors) {}
 
-  // Sets `text` to the string that the last `key` of the object `line` has. It lies in `line` or in memory that lasts
-  // until the next call. False where the line is not accepted. `line` must be UTF-8; neither may hold a line end.
-  bool read(std::string_view line, std::string_view key, std::string_view& text);
+  // Reads the object on the line that `lines` begin with. Sets `text` to the string that its last `key` has, which lies
+  // in the line or in memory that lasts until the next call, and takes the line off `lines`, but not its end. False,
+  // and `lines` stay, where the line is not accepted. Does not ask whether the line is UTF-8.
+  bool read(std::string_view& lines, std::string_view key, std::string_view& text);
 
  private:
   // Memory for an unescaped string, which is no longer than what it was.
