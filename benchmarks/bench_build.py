@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from bench_tokenizer import read_files, read_texts
-from common import header, table
+from common import Timing, header, table
 from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
 
 from rwkv_ext import WorldTokenizer
@@ -112,17 +112,12 @@ def bench(name: str, texts: list[str], ascii_only: bool, options, folder: Path, 
             for path in [*shard_files(folder / "own"), *shard_files(folder / "peer")]:
                 path.unlink(missing_ok=True)  # giving back its pages is no part of building the next
             seconds[kind].append(seconds_of(function))
-    speeds = {
-        kind: (small_size if kind == "peer" else size) / np.array(of_kind) / 1e6 for kind, of_kind in seconds.items()
-    }
-    speed = {kind: of_kind.max() for kind, of_kind in speeds.items()}
-
-    def ratio(a, b):
-        return float(np.median(speeds[a] / speeds[b]))
-
+    times = {kind: Timing.of(of_kind) for kind, of_kind in seconds.items()}
+    speed = {kind: (small_size if kind == "peer" else size) / x.best / 1e6 for kind, x in times.items()}
     row = [name, "\\u escapes" if ascii_only else "UTF-8", f"{size / 1e6:.0f}", f"{lines.stat().st_size / 1e6:.0f}"]
     row += [f"{speed[kind]:.0f}" for kind in ("bare", "one", "two")] + [f"{speed['peer']:.2f}"]
-    return [*row, ratio("one", "bare"), ratio("two", "one"), f"{ratio('one', 'peer'):.0f}"]
+    over_peer = size / small_size * times["one"].speed_over(times["peer"])
+    return [*row, times["one"].speed_over(times["bare"]), times["two"].speed_over(times["one"]), f"{over_peer:.0f}"]
 
 
 COLUMNS = [

@@ -16,12 +16,13 @@ import subprocess
 import sysconfig
 import tempfile
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pyrwkv_tokenizer
-from common import ROOT, header, measure, table
+from common import ROOT, Timing, header, measure, table
 
 from rwkv_ext import WorldTokenizer
 from rwkv_ext._load import native
@@ -122,9 +123,9 @@ def check(text: bytes, world: WorldTokenizer, trie: PointerTrie, rust) -> np.nda
     return ids
 
 
-def best_seconds(functions: dict, rounds: int) -> dict[str, float]:
-    """The shortest time of each, taking turns. A function makes what its timed part, which it returns, needs."""
-    best = dict.fromkeys(functions, float("inf"))
+def measure_prepared(functions: dict, rounds: int) -> dict[str, Timing]:
+    """As measure(), of functions that make what their timed part, which they return, needs."""
+    seconds = {name: [] for name in functions}
     for _ in range(rounds):
         for name, prepare in functions.items():
             run = prepare()
@@ -132,8 +133,17 @@ def best_seconds(functions: dict, rounds: int) -> dict[str, float]:
                 run()  # finds in the caches what it left there, not what another did
             start = time.perf_counter()
             run()
-            best[name] = min(best[name], time.perf_counter() - start)
-    return best
+            seconds[name].append(time.perf_counter() - start)
+    return {name: Timing.of(s) for name, s in seconds.items()}
+
+
+def speeds(megabytes: float, times: dict[str, Timing], names: Iterable[str] = ()) -> list[str]:
+    """Return the best MB/s of each."""
+    return [f"{megabytes / times[name].best:.0f}" for name in names or times]
+
+
+def ratios(times: dict[str, Timing], *pairs: tuple[str, str]) -> list[float]:
+    return [times[a].speed_over(times[b]) for a, b in pairs]
 
 
 def bench_encoding(text: bytes, world: WorldTokenizer, trie: PointerTrie, rust, rounds: int) -> list:
@@ -151,15 +161,9 @@ def bench_encoding(text: bytes, world: WorldTokenizer, trie: PointerTrie, rust, 
         "list": lambda: lambda: world.encode(string),
         "rust": lambda: lambda: rust.encode(string),
     }
-    speed = {name: len(text) / seconds / 1e6 for name, seconds in best_seconds(functions, rounds).items()}
-    return [
-        *(f"{speed[name]:.0f}" for name in ("first", "array", "list", "trie", "rust")),
-        speed["first"] / speed["trie"],
-        speed["array"] / speed["trie"],
-        speed["first"] / speed["rust"],
-        speed["array"] / speed["rust"],
-        speed["list"] / speed["rust"],
-    ]
+    times = measure_prepared(functions, rounds)
+    pairs = ("first", "trie"), ("array", "trie"), ("first", "rust"), ("array", "rust"), ("list", "rust")
+    return [*speeds(len(text) / 1e6, times, ("first", "array", "list", "trie", "rust")), *ratios(times, *pairs)]
 
 
 def bench_threads(text: bytes, world: WorldTokenizer, rust, rounds: int) -> list:
@@ -175,10 +179,9 @@ def bench_threads(text: bytes, world: WorldTokenizer, rust, rounds: int) -> list
     }
     with ThreadPoolExecutor(2) as pool:
         times = measure(functions, rounds, warm=True)
-    speed = {name: len(text) / x.best / 1e6 for name, x in times.items()}
-    speed["calls"] *= 2
-    ratios = speed["two"] / speed["one"], speed["two"] / speed["calls"], speed["batch"] / speed["rust"]
-    return [*(f"{speed[name]:.0f}" for name in functions), *ratios]
+    times["calls"] = Timing.of([seconds / 2 for seconds in times["calls"].rounds])
+    pairs = ("two", "one"), ("two", "calls"), ("batch", "rust")
+    return [*speeds(len(text) / 1e6, times), *ratios(times, *pairs)]
 
 
 def bench_decoding(text: bytes, ids: np.ndarray, world: WorldTokenizer, rust, rounds: int) -> list:
@@ -190,12 +193,9 @@ def bench_decoding(text: bytes, ids: np.ndarray, world: WorldTokenizer, rust, ro
         "text": lambda: world.decode(numbers),
         "rust": lambda: rust.decode(numbers),
     }
-    speed = {name: len(text) / x.best / 1e9 for name, x in measure(functions, rounds, warm=True).items()}
-    return [
-        *(f"{speed[name]:.2f}" for name in functions),
-        speed["array"] / speed["rust"],
-        speed["text"] / speed["rust"],
-    ]
+    times = measure(functions, rounds, warm=True)
+    gigabytes = [f"{len(text) / x.best / 1e9:.2f}" for x in times.values()]
+    return [*gigabytes, *ratios(times, ("array", "rust"), ("text", "rust"))]
 
 
 def encode_chunks(world: WorldTokenizer, text: bytes, size: int) -> list[np.ndarray]:
@@ -209,8 +209,8 @@ def bench_streams(text: bytes, world: WorldTokenizer, rounds: int) -> list:
         "64 KiB": lambda: encode_chunks(world, text, 65536),
         "4 KiB": lambda: encode_chunks(world, text, 4096),
     }
-    speed = {name: len(text) / x.best / 1e6 for name, x in measure(functions, rounds, warm=True).items()}
-    return [*(f"{speed[name]:.0f}" for name in functions), speed["64 KiB"] / speed["whole"]]
+    times = measure(functions, rounds, warm=True)
+    return [*speeds(len(text) / 1e6, times), *ratios(times, ("64 KiB", "whole"))]
 
 
 def bench_loading(rounds: int) -> str:
@@ -263,9 +263,11 @@ SECTIONS = {
     ),
 }
 ABOUT = (
-    "The best of {rounds} rounds in which all take turns; ids equal to both peers' and decoded to the text they came "
-    "from, for every text. Rust: pyrwkv-tokenizer {version} from PyPI. Texts: at most {size} MB of the files that a "
-    "row's name says; translations are the messages of every *.mo under /usr/share/locale/LANGUAGE/LC_MESSAGES."
+    "Speeds are the best of {rounds} rounds in which all take turns (9 for threads); ratios are the medians of the "
+    "rounds' own, for this machine is not as fast in one second as in the next. Ids are equal to both peers' and "
+    "decode to the text they came from, for every text. Rust: pyrwkv-tokenizer {version} from PyPI. Texts: at most "
+    "{size} MB of the files that a row's name says; translations are the messages of every *.mo under "
+    "/usr/share/locale/LANGUAGE/LC_MESSAGES."
 )
 
 
@@ -289,7 +291,7 @@ def main():
         benches = {
             "encode": lambda text: bench_encoding(text, world, trie, rust, options.rounds),
             "decode": lambda text, ids=ids: bench_decoding(text, ids, world, rust, options.rounds),
-            "threads": lambda text: bench_threads(text, world, rust, min(options.rounds, 5)),
+            "threads": lambda text: bench_threads(text, world, rust, min(options.rounds, 9)),
             "streams": lambda text: bench_streams(text, world, options.rounds),
         }
         for section in options.sections:

@@ -5,7 +5,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,19 @@ class Timing(NamedTuple):
     median: float  # seconds
     best: float
     worst: float
+    rounds: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> "Timing":
+        return cls(statistics.median(seconds), min(seconds), max(seconds), tuple(seconds))
+
+    def speed_over(self, other: "Timing") -> float:
+        """Return how many times as fast as the other this is: the median of what each round says.
+
+        The two of a round were timed one after the other, while the machine was as fast for both. The best times of
+        each may lie seconds apart, and the longer of two functions is less likely to meet a quiet moment.
+        """
+        return statistics.median(b / a for a, b in zip(self.rounds, other.rounds, strict=True))
 
     def __str__(self):
         return f"{1e3 * self.median:.1f} ({1e3 * self.best:.1f} .. {1e3 * self.worst:.1f})"
@@ -49,7 +62,7 @@ def measure(
                 torch.cuda.synchronize()
             if round_:
                 seconds[name].append(clock() - start)
-    return {name: Timing(statistics.median(s), min(s), max(s)) for name, s in seconds.items()}
+    return {name: Timing.of(s) for name, s in seconds.items()}
 
 
 def header() -> str:

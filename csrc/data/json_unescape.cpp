@@ -83,6 +83,7 @@ RWKV_VBMI2 const char* unescape(const char* at, const char* end, char*& to) {
     out += __builtin_popcountll(kept);
   };
   for (;;) {
+    __builtin_prefetch(at + 1024);  // where the processor itself would stop at the page's end
     const auto rest = static_cast<uint64_t>(end - at);
     const __m512i bytes =  // zeros behind the end, which are control characters
         rest >= 64 ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi8((uint64_t{1} << rest) - 1, at);

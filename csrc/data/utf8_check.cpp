@@ -106,20 +106,32 @@ RWKV_AVX2 inline __m256i find_errors(__m256i before, __m256i bytes) {
 }
 
 RWKV_AVX2 bool check_avx2(std::string_view text) {
-  constexpr size_t kBlock = 32;
+  constexpr size_t kBlock = 32, kBlocks = 4 * kBlock;
   __m256i before = _mm256_setzero_si256(), errors = before;
-  size_t at = 0;
-  for (; text.size() - at >= kBlock; at += kBlock) {
-    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(text.data() + at));
-    if (_mm256_movemask_epi8(_mm256_or_si256(bytes, before)) != 0) {
-      errors = _mm256_or_si256(errors, find_errors(before, bytes));
-    }
+  const auto load = [&](size_t at) RWKV_AVX2 {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(text.data() + at));
+  };
+  const auto check = [&](__m256i bytes) RWKV_AVX2 {
+    errors = _mm256_or_si256(errors, find_errors(before, bytes));
     before = bytes;
+  };
+  size_t at = 0;
+  for (; text.size() - at >= kBlocks; at += kBlocks) {
+    const __m256i a = load(at), b = load(at + kBlock), c = load(at + 2 * kBlock), d = load(at + 3 * kBlock);
+    const __m256i any = _mm256_or_si256(_mm256_or_si256(before, a), _mm256_or_si256(_mm256_or_si256(b, c), d));
+    if (_mm256_movemask_epi8(any) == 0) {  // ASCII
+      before = d;
+      continue;
+    }
+    check(a);
+    check(b);
+    check(c);
+    check(d);
   }
+  for (; text.size() - at >= kBlock; at += kBlock) check(load(at));
   uint8_t rest[kBlock] = {};  // with the zeros behind the text, which end what it may have left open
   std::memcpy(rest, text.data() + at, text.size() - at);
-  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rest));
-  errors = _mm256_or_si256(errors, find_errors(before, bytes));
+  check(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rest)));
   return _mm256_testz_si256(errors, errors) != 0;
 }
 #endif

@@ -9,24 +9,37 @@
 namespace rwkv {
 
 bool SegmentMemo::is_right() {
-  is_right_ = is_right_ && are_of(waiting_.ids, waiting_.ids + waiting_.count, waiting_.text, waiting_.length);
-  waiting_.length = waiting_.count = 0;
+  if (waiting_.count != 0 && !is_waiting_right()) is_right_ = false;
+  waiting_.count = 0;
   return is_right_;
 }
 
 // Most tokens are not in the cache, and to wait for them here would take as long as the segment took to encode. So they
 // are sent for, and looked at when the next segment comes.
 void SegmentMemo::verify_soon(const uint16_t* ids, const uint16_t* end, const uint8_t* text, size_t length) {
-  if (length > sizeof waiting_.text) {
+  if (length > LongEntry::kMaxLength) {
     is_right_ = is_right_ && are_of(ids, end, text, length);
     return;
   }
   (void)is_right();
-  std::copy_n(text, length, waiting_.text);
+  std::memset(waiting_.text, 0, sizeof waiting_.text);
+  std::memcpy(waiting_.text, text, length);
   std::copy(ids, end, waiting_.ids);
   waiting_.length = length;
   waiting_.count = static_cast<size_t>(end - ids);
   for (; ids != end; ++ids) __builtin_prefetch(vocabulary_->short_tokens() + *ids);
+}
+
+bool SegmentMemo::is_waiting_right() const {
+  char bytes[sizeof waiting_.text + sizeof(ShortToken)] = {};
+  size_t size = 0;
+  for (size_t i = 0; i < waiting_.count; ++i) {
+    if (!add_short_token(vocabulary_->short_tokens(), waiting_.ids[i], bytes, size) || size > waiting_.length) {
+      return are_of(waiting_.ids, waiting_.ids + waiting_.count, waiting_.text, waiting_.length);
+    }
+  }
+  std::memset(bytes + size, 0, sizeof(ShortToken));  // behind the last one
+  return size == waiting_.length && std::memcmp(bytes, waiting_.text, sizeof waiting_.text) == 0;
 }
 
 bool SegmentMemo::are_of(const uint16_t* ids, const uint16_t* end, const uint8_t* text, size_t length) const {

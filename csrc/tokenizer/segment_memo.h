@@ -93,12 +93,13 @@ class SegmentMemo {
  private:
   // A segment whose tokens are on their way to the cache.
   struct Waiting {
-    uint8_t text[LongEntry::kMaxLength];
+    uint8_t text[sizeof(LongEntry::key)] = {};  // zeros behind it
     uint16_t ids[LongEntry::kMaxLength];
     size_t length = 0, count = 0;
   };
 
   void verify_soon(const uint16_t* ids, const uint16_t* end, const uint8_t* text, size_t length);
+  bool is_waiting_right() const;
   bool are_of(const uint16_t* ids, const uint16_t* end, const uint8_t* text, size_t length) const;
 
   static constexpr size_t kShort = 1 << 15;  // 1 MiB
