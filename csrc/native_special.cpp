@@ -19,17 +19,19 @@ py::array_t<uint16_t> encode(const Tokenizer& tokenizer, const rwkv::SpecialText
   return to_array(std::move(ids));
 }
 
-// `allowed` is a sequence of (text as UTF-8, id).
+// `allowed` is a sequence of (text as UTF-8, id); `need` says what the text must be, should it not be that.
 py::array_t<uint16_t> encode_special(const Tokenizer& tokenizer, const py::object& text,
-                                     const std::vector<std::pair<std::string, uint16_t>>& allowed) {
+                                     const std::vector<std::pair<std::string, uint16_t>>& allowed,
+                                     const std::string& need) {
   rwkv::SpecialTexts special;
   for (const auto& [bytes, id] : allowed) special.add(bytes, id);
   if (PyUnicode_Check(text.ptr())) return encode(tokenizer, special, utf8_of(text));
-  return encode(tokenizer, special, BytesView(text, "encode_array: text must be a str or contiguous bytes", "").view());
+  return encode(tokenizer, special, BytesView(text, need, "").view());
 }
 
 }  // namespace
 
 void bind_special(py::module_& module) {
-  module.def("encode_special", &encode_special, py::arg("tokenizer"), py::arg("text"), py::arg("allowed"));
+  module.def("encode_special", &encode_special, py::arg("tokenizer"), py::arg("text"), py::arg("allowed"),
+             py::arg("need"));
 }

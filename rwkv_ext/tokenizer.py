@@ -83,13 +83,14 @@ class WorldTokenizer:
             [33520, 0, 4600]
         """
         if allowed_special and isinstance(text, str):
-            return self._encode_special("encode", text, allowed_special).tolist()
+            return self._encode_special("encode", "text must be a str", text, allowed_special).tolist()
         return self._explained(self._native.encode, text)
 
     def encode_bytes(self, data: bytes, allowed_special: Mapping[str, int] | None = None) -> list[int]:
         """Return the ids of any contiguous bytes, UTF-8 or not. `allowed_special` as in encode()."""
         if allowed_special and not isinstance(data, str):
-            return self._encode_special("encode_bytes", data, allowed_special).tolist()
+            need = "data must be contiguous bytes"
+            return self._encode_special("encode_bytes", need, data, allowed_special).tolist()
         return self._native.encode_bytes(data)
 
     def encode_array(
@@ -107,7 +108,8 @@ class WorldTokenizer:
         """
         if allowed_special:
             _options("encode_array", threads, dtype)
-            return self._encode_special("encode_array", text, allowed_special).astype(dtype, copy=False)
+            need = "text must be a str or contiguous bytes"
+            return self._encode_special("encode_array", need, text, allowed_special).astype(dtype, copy=False)
         return self._explained(self._native.encode_array, text, *_options("encode_array", threads, dtype))
 
     def encode_file(self, path: str | os.PathLike, threads: int | None = None, dtype=np.uint16) -> np.ndarray:
@@ -156,8 +158,9 @@ class WorldTokenizer:
         _check_errors("decode", errors)
         return self._native.decode_bytes(ids).decode("utf-8", errors)
 
-    def _encode_special(self, where: str, text: str | bytes, allowed_special: Mapping[str, int]) -> np.ndarray:
-        return self._explained(native().encode_special, self._native, text, _special_bytes(where, allowed_special))
+    def _encode_special(self, where: str, need: str, text, allowed_special: Mapping[str, int]) -> np.ndarray:
+        allowed = _special_bytes(where, allowed_special)
+        return self._explained(native().encode_special, self._native, text, allowed, f"{where}: {need}")
 
     @staticmethod
     def _explained(encode, *arguments):

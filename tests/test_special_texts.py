@@ -115,6 +115,8 @@ def test_other_refusals_stay(world):
         world.encode(b"x", allowed_special=END)
     with pytest.raises(TypeError, match="encode_bytes: data must be contiguous bytes, got str"):
         world.encode_bytes("x", allowed_special=END)
+    with pytest.raises(TypeError, match="encode_bytes: data must be contiguous bytes, got int"):
+        world.encode_bytes(3, allowed_special=END)
     with pytest.raises(TypeError, match="encode_array: text must be a str or contiguous bytes, got int"):
         world.encode_array(3, allowed_special=END)
     with pytest.raises(UnicodeEncodeError, match="surrogates not allowed; read the text with errors='replace'"):

@@ -11,6 +11,7 @@ Training samples address PREFIX.bin as one stream; the documents matter to packi
 import bisect
 import hashlib
 import os
+import re
 import struct
 from contextlib import suppress
 from pathlib import Path
@@ -39,6 +40,11 @@ def part_names(name: str, parts: int) -> list[str]:
     """Return NAME-00000-of-00003 and so on; sorted by name they are in their order, however many there are."""
     width = max(5, len(str(parts - 1)))
     return [f"{name}-{part:0{width}d}-of-{parts:05d}" for part in range(parts)]
+
+
+def is_part(file_name: str, name: str) -> bool:
+    """Return whether a file is NAME-00000-of-00003.bin or .idx, of whatever numbers."""
+    return re.fullmatch(re.escape(name) + r"-\d{5,}-of-\d{5,}\.(bin|idx)", file_name) is not None
 
 
 class BinidxReader:

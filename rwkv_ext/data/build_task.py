@@ -9,7 +9,6 @@ publish   shards -> their names
 import contextlib
 import itertools
 import os
-import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ import numpy as np
 
 from rwkv_ext.checkpoint.atomic_file import sync_folder
 from rwkv_ext.data import pieces
-from rwkv_ext.data.binidx import part_names, shard_files
+from rwkv_ext.data.binidx import is_part, part_names, shard_files
 from rwkv_ext.data.build_folder import BuildFolder
 from rwkv_ext.data.build_summary import Summary
 from rwkv_ext.data.document_store import DocumentStore, abandon, open_at, read_blocks
@@ -299,7 +298,7 @@ class BuildTask:
         if self.arrangement.shard_tokens is None:
             return [path for path in shard_files(self.folder.bin_path) if path.exists()]
         parent, name = self.folder.bin_path.parent, self.folder.name
-        return sorted(path for path in parent.iterdir() if is_shard_of(path.name, name))
+        return sorted(path for path in parent.iterdir() if is_part(path.name, name))
 
     def _check_free(self) -> None:
         for path in self._taken():
@@ -333,11 +332,6 @@ def _numbered(sources, text_key: str, first_source: int, first_piece: int) -> It
         first = first_piece if number == first_source else 0
         for piece in enumerate(sources[number].pieces(text_key, first), start=first):
             yield (number, piece[0]), piece[1]
-
-
-def is_shard_of(file_name: str, name: str) -> bool:
-    """Return whether a file is NAME-00000-of-00003.bin or .idx, of whatever numbers."""
-    return re.fullmatch(re.escape(name) + r"-\d{5,}-of-\d{5,}\.(bin|idx)", file_name) is not None
 
 
 def _sync(file) -> None:
