@@ -160,6 +160,19 @@ def test_escapes_and_what_is_beside_them_at_every_place(world, vectors):
         assert read(world, data, vectors=vectors) == (list(map(expected, lines)), 0, len(lines), len(data))
 
 
+@pytest.mark.parametrize("vectors", [True, False], ids=["vectors", "plain"])
+def test_escapes_where_a_long_string_is_cut(world, vectors):
+    stretch = 65536  # what is unescaped before there is more room
+    for part in [*PARTS, *HALVES, r"\x", "\x1f", ""]:
+        texts = [r"\t" + "x" * length + part + "y" for length in range(stretch - 16, stretch + 1)]
+        for text in [*texts, r"\t" + part * (3 * stretch // max(1, len(part)))]:
+            for line in (f'{{"text": "{text}"}}'.encode(), f'{{"a": "{text}", "text": "x"}}'.encode()):
+                want = None if part in HALVES and b'{"t' in line else expected(line)
+                done = ([], 0, 0, 0) if want is None else ([want], 0, 1, len(line))
+                assert read(world, line, vectors=vectors) == done
+                assert read(world, line[:-2], vectors=vectors) == ([], 0, 0, 0)
+
+
 def test_what_is_no_escape_at_every_place(world):
     wrong = [r"\u" + "12Ab"[:i] + bad + "12Ab"[i + 1 :] for i in range(4) for bad in r"g / : @ ` G é \\".split()]
     wrong += [*HALVES, r"\x41", r"\é", r"\N", "\x01", "\\\x01", "\x1f"]

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <new>
 
 #include "data/json_unescape.h"
 
@@ -14,6 +16,8 @@ namespace rwkv {
 namespace {
 
 constexpr size_t kVector = 16;
+constexpr ptrdiff_t kStretch = 1 << 16;  // bytes of a string that are unescaped before there must be more room
+constexpr size_t kBehind = std::max(kVector, kUnescapeRoom);  // bytes that may be written behind the last one
 constexpr int kMaxDepth = 64;
 constexpr ptrdiff_t kMaxNumber = 600;  // characters: below the least limit of digits that Python can be told
 
@@ -171,24 +175,21 @@ struct Walk {
         at += 4;
       }
       if (unescape) {  // many escapes at once, though nobody reads what they stand for
-        char* out = room(key_scratch, at);
-        at = unescape(at, end, out);
-      } else {
-        at = find_special<kVectors>(at, end);
+        const char* const stop = stretch_end();
+        char* out = key_scratch.room(0, static_cast<size_t>(stop - at) + kBehind);
+        at = unescape(at, stop, out);
       }
+      at = find_special<kVectors>(at, end);
     }
   }
 
-  // For what the string from `first` on stands for.
-  char* room(Scratch& scratch, const char* first) {
-    return scratch.room(static_cast<size_t>(end - first) + std::max(kVector, kUnescapeRoom));
-  }
+  const char* stretch_end() const { return at + std::min(end - at, kStretch); }
 
-  // Behind `\u`; reads every `\uXXXX` that follows as well.
-  bool read_code_points(char*& out) {
+  // Behind `\u`; reads every `\uXXXX` that follows before `stop` as well.
+  bool read_code_points(const char* stop, char*& out) {
     do {
       if (!read_code_point(out)) return false;
-    } while (end - at >= 2 && at[0] == '\\' && at[1] == 'u' && (at += 2));
+    } while (stop - at >= 2 && at[0] == '\\' && at[1] == 'u' && (at += 2));
     return true;
   }
 
@@ -216,23 +217,28 @@ struct Walk {
       string = {first, static_cast<size_t>(at - 1 - first)};
       return true;
     }
-    char* const begin = room(scratch, first);
-    char* out = begin;
-    std::memcpy(out, first, static_cast<size_t>(at - first));
-    out += at - first;
+    auto size = static_cast<size_t>(at - first);
+    std::memcpy(scratch.room(0, size + kBehind), first, size);
     for (;;) {
-      at = unescape ? unescape(at, end, out) : copy_to_special<kVectors>(at, end, out);
-      if (!next_is('\\')) break;
-      if (at == end) return false;
-      const char escape = *at++;
-      if (const char byte = short_escape(escape)) {
-        *out++ = byte;
-      } else if (escape != 'u' || !read_code_points(out)) {
-        return false;
+      const char* const stop = stretch_end();
+      char* const begin = scratch.room(size, static_cast<size_t>(stop - at) + kBehind);
+      char* out = begin;
+      at = unescape ? unescape(at, stop, out) : copy_to_special<kVectors>(at, stop, out);
+      const bool is_cut = at == stop && stop != end;
+      if (next_is('\\')) {
+        if (at == end) return false;
+        const char escape = *at++;
+        if (const char byte = short_escape(escape)) {
+          *out++ = byte;
+        } else if (escape != 'u' || !read_code_points(stop, out)) {
+          return false;
+        }
+      } else if (!is_cut) {
+        string = {scratch.room(0, 0), size + static_cast<size_t>(out - begin)};
+        return next_is('"');
       }
+      size += static_cast<size_t>(out - begin);
     }
-    string = {begin, static_cast<size_t>(out - begin)};
-    return next_is('"');
   }
 
   // Reads `, ` or the closing bracket; `more` says which.
@@ -305,12 +311,16 @@ struct Walk {
 
 }  // namespace
 
-char* JsonRecord::Scratch::room(size_t count) {
-  if (size_ < count) {
-    bytes_.reset(new char[count]);
-    size_ = count;
+char* JsonRecord::Scratch::room(size_t kept, size_t count) {
+  if (size_ - kept < count) {
+    const size_t size = std::max(kept + count, size_ + size_ / 2);
+    void* moved = std::realloc(bytes_.get(), size);
+    if (!moved) throw std::bad_alloc();
+    (void)bytes_.release();
+    bytes_.reset(static_cast<char*>(moved));
+    size_ = size;
   }
-  return bytes_.get();
+  return bytes_.get() + kept;
 }
 
 bool JsonRecord::read(std::string_view& lines, std::string_view key, std::string_view& text) {

@@ -5,6 +5,8 @@
 #include <memory>
 #include <string_view>
 
+#include "tokenizer/id_buffer.h"
+
 namespace rwkv {
 
 // Reads what is beyond doubt and leaves the rest to a complete parser: whatever is accepted, Python's json.loads reads
@@ -21,13 +23,14 @@ class JsonRecord {
   bool read(std::string_view& lines, std::string_view key, std::string_view& text);
 
  private:
-  // Memory for an unescaped string, which is no longer than what it was.
+  // Memory for an unescaped string. It grows with the string: where that ends nobody knows, and as much as all that
+  // follows in the piece would be given back to the system, and its pages filled anew, with every line not accepted.
   class Scratch {
    public:
-    char* room(size_t count);  // of what was written there nothing stays if more is needed than before
+    char* room(size_t kept, size_t count);  // for `count` bytes behind the first `kept`, which stay
 
    private:
-    std::unique_ptr<char[]> bytes_;
+    std::unique_ptr<char, FreeMemory> bytes_;
     size_t size_ = 0;
   };
 
