@@ -268,11 +268,11 @@ def test_a_boundary_inside_a_token_leads_nowhere(tmp_path, image):
 
 @pytest.mark.parametrize(
     "token",
-    [b"\x07", b" tool", b" scientifically", b"ArgumentException", " американ".encode(), b"=" * 64, b" " * 128],
-    ids=lambda token: f"{len(token)} bytes",
+    ["\x07", " tool", "-" * 8, " scientifically", "ArgumentException", " американ", "=" * 64, " " * 128],
+    ids=lambda token: f"{len(token)} characters",
 )
 def test_batches_end_before_a_text_with_a_token_of_other_bytes(tmp_path, world, image, token):
-    begins, (token_id,) = layout(image), world.encode(token.decode())
+    begins, (token_id,), token = layout(image), world.encode(token), token.encode()
     changed = bytearray(image)
     if len(token) <= 15:
         changed[begins["short tokens"] + 16 * token_id + len(token) - 1] ^= 1
@@ -287,6 +287,7 @@ def test_batches_end_before_a_text_with_a_token_of_other_bytes(tmp_path, world, 
         b"\x01" + b"xyz." * 1500 + b"\x01" + token + b"\x01" * 300,
         b"\x01" + token,
         token * (5000 // len(token)),
+        b"\x01" + token + b"\x01, then one that no boundary cuts: " + b"-" * 200 + b"\x01" * 300,
     ):
         assert token_id in world.encode_bytes(text) and token_id not in world.encode_bytes(fine)
         data, offsets = fine + text + fine, np.cumsum([0, len(fine), len(text), len(fine)])
@@ -298,6 +299,48 @@ def test_batches_end_before_a_text_with_a_token_of_other_bytes(tmp_path, world, 
                 assert done == 1 - first and len(sizes) == done
                 assert ids.tolist() == world.encode_bytes(fine) * done
             assert native().encode_texts(wrong, data, offsets, 2, False, False)[4] == 1
+
+
+def test_batches_end_where_ids_decode_to_more_or_less_than_the_text(tmp_path, world, image):
+    path, begins = tmp_path / "made.bin", layout(image)
+    n_cells = struct.unpack_from("<I", image, CELLS[0])[0]
+    cell = np.dtype([("base", "<u4"), ("id", "<u2"), ("label", "u1"), ("length", "u1")])
+
+    def accepted(change, *texts):
+        changed = bytearray(image)
+        change(changed, np.frombuffer(changed, cell, n_cells, begins["cells"]))
+        path.write_bytes(sealed(bytes(changed)))
+        tokenizers = [native().Tokenizer.map(str(path), vectors) for vectors in (True, False)]
+        return [
+            text
+            for text in texts
+            for tokenizer in tokenizers
+            if native().encode_texts(tokenizer, text, np.array([0, len(text)]), 0, False, False)[4]
+        ]
+
+    def all_cells(token):
+        return lambda changed, cells: cells["id"].fill(world.encode_bytes(token)[0] if token else 65535)
+
+    def a_then_zero(changed, cells):  # as if the zeros behind a segment were a part of it
+        (token_id,) = world.encode_bytes(b"ab")
+        cells["id"][65536 + ord("a")] = token_id
+        changed[begins["short tokens"] + 16 * token_id + 1] = 0
+        changed[begins["bytes"] + struct.unpack_from("<I", image, begins["offsets"] + 4 * token_id)[0] + 1] = 0
+
+    def nothing(changed, cells):  # for the last byte of a text
+        cells["id"][[65536, 65536 + ord("-")]] = 0
+
+    def nothing_then_ab(changed, cells):
+        cells[ord("a") | ord("b") << 8] = (65536, 65535, 0, 1)
+        cells["id"][65536 + ord("b")] = world.encode_bytes(b"ab")[0]
+
+    lengths = (1, 2, 14, 15, 16, 30, 31, 32, 300, 6000)
+    texts = [(part * length)[:length] for part in (b"bc", b"\xff") for length in lengths]
+    for token in (b" scientifically", b" " * 128, b"a", b""):
+        assert accepted(all_cells(token), *texts) == []
+    assert accepted(a_then_zero, b"b", b"a") == [b"b", b"b"]
+    assert accepted(nothing, b"b", b"\0", b"-" * 81) == [b"b", b"b"]
+    assert accepted(nothing_then_ab, b"a", b"ab") == [b"a", b"a"]
 
 
 def test_compiler_writes_what_differs_alone(tmp_path, image):
