@@ -220,6 +220,15 @@ def test_utf8_at_every_edge(world, vectors):
             assert done == is_utf8(data), data
 
 
+@pytest.mark.parametrize("vectors", [True, False], ids=["vectors", "plain"])
+def test_what_is_not_utf8_at_every_place_in_ascii(world, vectors):
+    for part in (b"\xc3", b"\xe4\xbb", b"\xf0\x9f\xa6", b"\x80", "\U0001f980".encode()):
+        for length in range(260):  # in the blocks of 128 bytes that are read at once
+            data = b"x" * length + part + b"x" * (400 - length)
+            done = native().encode_texts(world._native, data, np.array([0, len(data)]), 0, True, False, vectors)[4]
+            assert done == is_utf8(data), (part, length)
+
+
 def is_utf8(data):
     try:
         data.decode()
