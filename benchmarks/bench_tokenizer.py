@@ -263,7 +263,7 @@ SECTIONS = {
     ),
 }
 ABOUT = (
-    "Speeds are the best of {rounds} rounds in which all take turns (9 for threads); ratios are the medians of the "
+    "Speeds are the best of {rounds} rounds in which all take turns (9 at most for threads); ratios are medians of the "
     "rounds' own, for this machine is not as fast in one second as in the next. Ids are equal to both peers' and "
     "decode to the text they came from, for every text. Rust: pyrwkv-tokenizer {version} from PyPI. Texts: at most "
     "{size} MB of the files that a row's name says; translations are the messages of every *.mo under "
