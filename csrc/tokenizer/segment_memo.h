@@ -56,7 +56,7 @@ inline constexpr KeyRows kKeyRows = make_key_rows();
 // comes to the memo, so that a hit, which compares the segment, needs no more than that.
 class SegmentMemo {
  public:
-  explicit SegmentMemo(const Vocabulary* verify_with = nullptr) : vocabulary_(verify_with) {
+  explicit SegmentMemo(const Vocabulary* verify_with) : vocabulary_(verify_with) {
     // As many addresses again, of which the part is used that starts where a large page does: one large page of zeros,
     // if the system gives one, takes a tenth of the time of 512 small ones that are touched one by one.
     memory_ = mmap(nullptr, 2 * kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -99,7 +99,7 @@ class SegmentMemo {
   };
 
   void verify_soon(const uint16_t* ids, const uint16_t* end, const uint8_t* text, size_t length);
-  bool is_waiting_right() const;
+  bool is_waiting_right() const;  // in one comparison, where its tokens are short: nearly always
   bool are_of(const uint16_t* ids, const uint16_t* end, const uint8_t* text, size_t length) const;
 
   static constexpr size_t kShort = 1 << 15;  // 1 MiB
