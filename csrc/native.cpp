@@ -96,17 +96,13 @@ rwkv::BatchEncoder encode(const Tokenizer& tokenizer, const Texts& texts, size_t
   return rwkv::BatchEncoder(tokenizer.encoder, texts.views(), threads);
 }
 
-template <typename Id>
-py::array copy_ids(const rwkv::BatchEncoder& batch) {
-  py::array_t<Id> ids(batch.offsets().back());
-  Id* begin = ids.mutable_data();
+py::array take_ids(rwkv::BatchEncoder& batch, bool is_wide) {
+  if (!is_wide) return to_array(batch.take_ids());
+  py::array_t<uint32_t> ids(batch.offsets().back());
+  uint32_t* begin = ids.mutable_data();
   const py::gil_scoped_release unlock;
   batch.copy(begin);
   return ids;
-}
-
-py::array copy_ids(const rwkv::BatchEncoder& batch, bool is_wide) {
-  return is_wide ? copy_ids<uint32_t>(batch) : copy_ids<uint16_t>(batch);
 }
 
 py::tuple encode_packed(const Tokenizer& tokenizer, const py::object& items, size_t threads, bool is_wide) {
@@ -119,8 +115,8 @@ py::tuple encode_packed(const Tokenizer& tokenizer, const py::object& items, siz
     const std::string index = std::to_string(texts.views().size());
     texts.add(py::reinterpret_borrow<py::object>(item), "encode_batch: texts[" + index + "]");
   }
-  const rwkv::BatchEncoder batch = encode(tokenizer, texts, threads);
-  return py::make_tuple(copy_ids(batch, is_wide),
+  rwkv::BatchEncoder batch = encode(tokenizer, texts, threads);
+  return py::make_tuple(take_ids(batch, is_wide),
                         py::array_t<int64_t>(batch.offsets().size(), batch.offsets().data()));
 }
 
@@ -128,7 +124,8 @@ py::array encode_array(const Tokenizer& tokenizer, const py::object& text, size_
   Texts texts;
   texts.add(text, "encode_array: text");
   if (threads == 1 && !is_wide) return to_array(encode(tokenizer, texts.views()[0]));
-  return copy_ids(encode(tokenizer, texts, threads), is_wide);
+  rwkv::BatchEncoder batch = encode(tokenizer, texts, threads);
+  return take_ids(batch, is_wide);
 }
 
 // Whether bytes keep memory for `room` though they need `size`: to give back so little is not worth its time. Worse,

@@ -72,6 +72,25 @@ def test_long_runs_without_a_place_to_cut(world, piece):
     np.testing.assert_array_equal(world.encode_packed([b"x" + text, text], 2)[0][-50:], world.encode_array(text)[-50:])
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5, 40])
+def test_more_ids_than_there_was_room_for(world, threads):
+    # nearly every byte is a token, so that the ids that come last have no place until all are counted
+    text = random.Random(4).randbytes(2_000_000)
+    expected = world.encode_array(text)
+    assert len(expected) > 0.8 * len(text)
+    np.testing.assert_array_equal(world.encode_array(text, threads=threads), expected)
+    texts = [TEXT, text, b"", text[:77], TEXT[:300_000], b""]
+    check_batch(world, texts, threads=threads)
+    check_batch(world, texts[::-1], threads=threads, dtype=np.uint32)
+
+
+@pytest.mark.parametrize("length", [*range(70), 5_000])
+def test_ids_of_each_task_begin_anywhere(world, length):
+    # behind one task of `length` ids stands one that fills many lines of the cache
+    texts = [b"\n" * 131_072 + b" the" * length, TEXT[:200_000]]
+    check_batch(world, texts, threads=2)
+
+
 def test_array_of_a_str(world):
     assert world.encode_array("Today is").tolist() == [33520, 4600]
     assert world.encode_array("Today is", dtype=np.uint32).dtype == np.uint32

@@ -5,7 +5,6 @@
 #include <cstdlib>
 #include <exception>
 #include <string>
-#include <vector>
 
 #include "tokenizer/batch_encoder.h"
 #include "tokenizer/decoder.h"
@@ -20,9 +19,8 @@ int main(int count, char** arguments) {
   try {
     const rwkv::Encoder encoder(rwkv::Vocabulary::map(arguments[1]));  // which keeps the vocabulary
     const rwkv::BatchEncoder batch(encoder, {text}, std::strtoul(arguments[2], nullptr, 10));
-    std::vector<uint16_t> ids(batch.offsets().back());
-    batch.copy(ids.data());
-    for (const uint16_t id : ids) std::printf("%d\n", id);
+    const rwkv::IdBuffer& ids = batch.ids();
+    for (size_t i = 0; i < ids.size(); ++i) std::printf("%d\n", ids.data()[i]);
     if (rwkv::decode(encoder.vocabulary(), ids.data(), ids.size()) != text) return 3;
   } catch (const std::exception& error) {
     return std::fprintf(stderr, "%s\n", error.what()), 1;

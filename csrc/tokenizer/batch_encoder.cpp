@@ -2,25 +2,44 @@
 
 #include <algorithm>
 #include <atomic>
+#include <deque>
 #include <exception>
+#include <mutex>
+#include <optional>
 #include <thread>
+#include <utility>
+
+#include "tokenizer/streaming_copy.h"
 
 namespace rwkv {
 namespace {
 
-constexpr size_t kTaskBytes = 256 * 1024;
+constexpr size_t kTaskBytes = 128 * 1024;  // of text: their ids stay in a core's cache until they are copied
+constexpr size_t kCopyIds = 64 * 1024;
 
-// Calls work(thread, task) for every task, each once, on up to `threads` threads; throws what work() threw first.
+// Numbers from 0 on, each for one thread.
+class TaskQueue {
+ public:
+  explicit TaskQueue(size_t tasks) : tasks_(tasks) {}
+  bool take(size_t& task) { return (task = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_; }
+  void stop() { next_.store(tasks_, std::memory_order_relaxed); }
+
+ private:
+  const size_t tasks_;
+  std::atomic<size_t> next_{0};
+};
+
+// Calls work(thread, queue) on up to `threads` threads, which share the tasks; throws what it threw first.
 template <typename Work>
 void share_tasks(size_t tasks, size_t threads, const Work& work) {
-  std::atomic<size_t> next{0};
+  TaskQueue queue(tasks);
   std::vector<std::exception_ptr> errors(threads);
   const auto run = [&](size_t thread) {
     try {
-      for (size_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) work(thread, task);
+      work(thread, queue);
     } catch (...) {
       errors[thread] = std::current_exception();
-      next.store(tasks, std::memory_order_relaxed);
+      queue.stop();
     }
   };
   std::vector<std::thread> others;
@@ -36,12 +55,94 @@ void share_tasks(size_t tasks, size_t threads, const Work& work) {
   }
 }
 
+// Where the ids of each task begin among all: known once all tasks before it are counted.
+class TaskOffsets {
+ public:
+  explicit TaskOffsets(size_t tasks) : counts_(tasks, kUnknown), offsets_(tasks + 1) {}
+
+  // Takes the number of a task's ids. Returns the last task whose offset is known now.
+  size_t count(size_t task, size_t ids) {
+    const std::lock_guard lock(mutex_);
+    counts_[task] = ids;
+    for (; last_ < counts_.size() && counts_[last_] != kUnknown; ++last_) {
+      offsets_[last_ + 1] = offsets_[last_] + counts_[last_];
+    }
+    return last_;
+  }
+  // Of a task that count() said is known; the number of all ids for the one behind the last.
+  size_t operator[](size_t task) const { return offsets_[task]; }
+
+ private:
+  static constexpr size_t kUnknown = ~size_t{0};
+
+  std::mutex mutex_;
+  std::vector<size_t> counts_;
+  std::vector<size_t> offsets_;
+  size_t last_ = 0;
+};
+
 }  // namespace
+
+// One thread's part. What it encoded waits in its cache until it is known where it belongs.
+class BatchEncoder::Worker {
+ public:
+  // expected: how many ids to reserve room for, of one task.
+  Worker(BatchEncoder& batch, const Encoder& encoder, TaskOffsets& offsets, size_t expected)
+      : batch_(batch), encoder_(encoder), offsets_(offsets), expected_(expected), memo_(encoder) {}
+
+  void encode(size_t task) {
+    waiting_.push_back({task, take_buffer()});
+    IdBuffer& ids = waiting_.back().ids;
+    ids.reserve(expected_);
+    for (size_t i = batch_.tasks_[task]; i < batch_.tasks_[task + 1]; ++i) {
+      Piece& piece = batch_.pieces_[i];
+      const size_t before = ids.size();
+      encoder_.encode(piece.text, ids, memo_);
+      piece.count = ids.size() - before;
+    }
+    place(offsets_.count(task, ids.size()));
+  }
+
+  // Copies the ids of tasks up to `last` to their place, where there is room.
+  void place(size_t last) {
+    while (!waiting_.empty() && waiting_.front().task <= last) {
+      IdBuffer& ids = waiting_.front().ids;
+      const size_t offset = offsets_[waiting_.front().task];
+      if (offset + ids.size() > batch_.ids_.capacity()) return;
+      streaming_copy(ids.data(), ids.size(), batch_.ids_.data() + offset);
+      spare_.push_back(std::move(ids));
+      waiting_.pop_front();
+    }
+  }
+
+ private:
+  struct Encoded {
+    size_t task;
+    IdBuffer ids;
+  };
+
+  // One that is still in the cache, if there is one.
+  IdBuffer take_buffer() {
+    if (spare_.empty()) return {};
+    IdBuffer ids = std::move(spare_.back());
+    spare_.pop_back();
+    ids.clear();
+    return ids;
+  }
+
+  BatchEncoder& batch_;
+  const Encoder& encoder_;
+  TaskOffsets& offsets_;
+  const size_t expected_;
+  const Encoder::Memo memo_;
+  std::deque<Encoded> waiting_;
+  std::vector<IdBuffer> spare_;
+};
 
 void BatchEncoder::cut(const Encoder& encoder, std::string_view text) {
   do {
     const size_t end = encoder.find_boundary(text, kTaskBytes);
-    pieces_.push_back({text.substr(0, end), 0, 0, 0, 0});
+    pieces_.push_back({text.substr(0, end), 0});
     text.remove_prefix(end);
   } while (!text.empty());
 }
@@ -63,43 +164,38 @@ BatchEncoder::BatchEncoder(const Encoder& encoder, const std::vector<std::string
     }
   }
   if (tasks_.back() < pieces_.size()) tasks_.push_back(pieces_.size());
-  threads_ = std::clamp<size_t>(tasks_.size() - 1, 1, std::max<size_t>(threads, 1));
-  ids_.resize(threads_);
+  const size_t tasks = tasks_.size() - 1;
+  threads_ = std::clamp<size_t>(tasks, 1, std::max<size_t>(threads, 1));
 
-  share_tasks(tasks_.size() - 1, threads_, [&](size_t thread, size_t task) {
-    const Encoder::Memo memo(encoder);
-    ids_[thread].reserve(expected_ids(all_bytes / threads_));
-    for (size_t i = tasks_[task]; i < tasks_[task + 1]; ++i) {
-      Piece& piece = pieces_[i];
-      piece.thread = thread;
-      piece.begin = ids_[thread].size();
-      encoder.encode(piece.text, ids_[thread], memo);
-      piece.count = ids_[thread].size() - piece.begin;
-    }
+  ids_.reserve(expected_ids(all_bytes));
+  TaskOffsets offsets(tasks);
+  std::vector<std::optional<Worker>> workers(threads_);
+  share_tasks(tasks, threads_, [&](size_t thread, TaskQueue& queue) {
+    Worker& worker = workers[thread].emplace(*this, encoder, offsets, expected_ids(std::min(all_bytes, kTaskBytes)));
+    for (size_t task; queue.take(task);) worker.encode(task);
   });
-
-  size_t end = 0;
-  for (Piece& piece : pieces_) {
-    piece.offset = end;
-    end += piece.count;
+  ids_.set_end(ids_.room(offsets[tasks]) + offsets[tasks]);
+  for (std::optional<Worker>& worker : workers) {
+    if (worker) worker->place(tasks);
   }
+
+  int64_t end = 0;
+  size_t piece = 0;
   offsets_.reserve(texts.size() + 1);
-  for (const size_t piece : first_piece) offsets_.push_back(static_cast<int64_t>(pieces_[piece].offset));
-  offsets_.push_back(static_cast<int64_t>(end));
+  for (const size_t first : first_piece) {
+    for (; piece < first; ++piece) end += static_cast<int64_t>(pieces_[piece].count);
+    offsets_.push_back(end);
+  }
+  offsets_.push_back(static_cast<int64_t>(offsets[tasks]));
 }
 
-template <typename Id>
-void BatchEncoder::copy(Id* ids) const {
-  share_tasks(tasks_.size() - 1, threads_, [&](size_t, size_t task) {
-    for (size_t i = tasks_[task]; i < tasks_[task + 1]; ++i) {
-      const Piece& piece = pieces_[i];
-      const uint16_t* begin = ids_[piece.thread].data() + piece.begin;
-      std::copy(begin, begin + piece.count, ids + piece.offset);
+void BatchEncoder::copy(uint32_t* ids) const {
+  share_tasks((ids_.size() + kCopyIds - 1) / kCopyIds, threads_, [&](size_t, TaskQueue& queue) {
+    for (size_t task; queue.take(task);) {
+      const size_t begin = task * kCopyIds;
+      std::copy(ids_.data() + begin, ids_.data() + std::min(begin + kCopyIds, ids_.size()), ids + begin);
     }
   });
 }
-
-template void BatchEncoder::copy(uint16_t* ids) const;
-template void BatchEncoder::copy(uint32_t* ids) const;
 
 }  // namespace rwkv

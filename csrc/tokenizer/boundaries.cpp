@@ -105,7 +105,8 @@ size_t find_generic(const BoundaryTables& tables, const uint8_t* text, size_t si
 #if defined(__x86_64__)
 #define RWKV_AVX512 __attribute__((target("avx512f,avx512bw,avx512vbmi,avx512vbmi2,popcnt")))
 
-constexpr size_t kBlock = 64;  // bytes whose boundaries are found at once
+constexpr size_t kBlock = 64;       // bytes whose boundaries are found at once
+constexpr size_t kFetched = 4608;  // bytes ahead: more than are encoded before the next ones are searched
 
 struct Numbers {
   uint8_t byte[kBlock];
@@ -148,6 +149,8 @@ RWKV_AVX512 size_t find_avx512(const BoundaryTables& tables, const uint8_t* text
   size_t count = 0;
   uint64_t carried = 0;  // of the next block's first bytes
   for (size_t block = 0; block < size; block += kBlock) {
+    // The text is read once: not to the caches that keep the memo. Beyond its end a prefetch does nothing.
+    _mm_prefetch(text + block + kFetched, _MM_HINT_NTA);
     const __m512i a = _mm512_loadu_si512(text + block), b = _mm512_loadu_si512(text + block + 1);
     const __mmask64 is_high_a = _mm512_movepi8_mask(a), is_high_b = _mm512_movepi8_mask(b);
     __m512i joined = _mm512_and_si512(look_up(tables.before[0], a, is_high_a), look_up(tables.behind[0], b, is_high_b));

@@ -34,8 +34,12 @@ class IdBuffer {
   // Counts what was written at room() up to `end`.
   void set_end(const uint16_t* end) { size_ = static_cast<size_t>(end - ids_.get()); }
 
+  void clear() { size_ = 0; }
+
+  uint16_t* data() { return ids_.get(); }
   const uint16_t* data() const { return ids_.get(); }
   size_t size() const { return size_; }
+  size_t capacity() const { return capacity_; }
 
   // The memory itself, no larger than the ids need.
   std::unique_ptr<uint16_t, FreeMemory> release() {
