@@ -10,17 +10,19 @@ from hypothesis import strategies as st
 from rwkv_ext._load import native
 
 
-def read(world, data, position=0, key="text", eod=True, drop_blank=False, vectors=True):
-    """Return (texts, dropped, lines, position) of encode_lines, checked for what must hold of all."""
-    batch = native().encode_lines(world._native, data, position, key, eod, drop_blank, vectors)
-    ids, sizes, text_bytes, dropped, lines, position = batch
+def read(world, data, skipped=0, key="text", eod=True, drop_blank=False, vectors=True):
+    """Return (texts, dropped, lines, position) of LineReader.encode, checked for what must hold of all."""
+    reader = native().LineReader(data)
+    for _ in range(skipped):
+        reader.next_line()
+    ids, sizes, text_bytes, dropped, lines = reader.encode(world._native, key, eod, drop_blank, vectors)
     assert ids.dtype == np.uint16 and sizes.dtype == np.int32 and sizes.sum() == len(ids)
     parts = np.split(ids, np.cumsum(sizes))[:-1]
     assert not eod or all(part[-1] == 0 for part in parts)
     texts = [world.decode_bytes(part) for part in parts]
     assert [part.tolist() for part in parts] == [world.encode_bytes(text) + [0] * eod for text in texts]
     assert text_bytes == sum(map(len, texts))
-    return texts, dropped, lines, position
+    return texts, dropped, lines, reader.position
 
 
 def accepted(world, line, key="text"):
@@ -242,7 +244,7 @@ def test_many_lines(world):
     data = b"\n".join(lines)
     assert read(world, data) == ([b"one", "\u0020\u3000".encode(), b"", b"two"], 0, 6, len(data))
     assert read(world, data, drop_blank=True, eod=False) == ([b"one", b"two"], 2, 6, len(data))
-    assert read(world, data + b"\n{", position=16) == ([" \u3000".encode(), b"", b"two"], 0, 5, len(data) + 1)
+    assert read(world, data + b"\n{", skipped=1) == ([" \u3000".encode(), b"", b"two"], 0, 5, len(data) + 1)
     assert read(world, b"") == ([], 0, 0, 0)
 
 

@@ -73,17 +73,17 @@ bool is_blank(std::string_view text) {
   return true;
 }
 
-DocumentBatch encode_lines(const Encoder& encoder, std::string_view lines, size_t position, std::string_view key,
+DocumentBatch encode_lines(const Encoder& encoder, LineReader& reader, std::string_view key,
                            const BatchOptions& options) {
   DocumentBatch batch;
   Documents documents(encoder, options, batch);
   JsonRecord record(options.use_vectors);
-  batch.ids.room((lines.size() - position) / kUsualBytes);
-  while (position < lines.size()) {
+  if (reader.position() < reader.end()) batch.ids.reserve((reader.end() - reader.position()) / kUsualBytes);
+  for (std::string_view lines; !(lines = reader.lines()).empty();) {
     // A record is read to where its line ends, not to an end that would have to be looked for first.
-    std::string_view rest = lines.substr(position), text;
+    std::string_view rest = lines, text;
     if (record.read(rest, key, text)) {
-      const std::string_view line = lines.substr(position, lines.size() - rest.size() - position);
+      const std::string_view line = lines.substr(0, lines.size() - rest.size());
       if (!is_utf8(line, options.use_vectors) || !documents.add(text)) break;
     } else {
       const std::string_view line = rest.substr(0, rest.find('\n'));
@@ -91,9 +91,8 @@ DocumentBatch encode_lines(const Encoder& encoder, std::string_view lines, size_
       rest.remove_prefix(line.size());
     }
     ++batch.lines;
-    position = lines.size() - rest.size() + !rest.empty();
+    reader.pass(lines.size() - rest.size() + !rest.empty());
   }
-  batch.position = position;
   return batch;
 }
 

@@ -6,6 +6,7 @@
 #include <string_view>
 #include <vector>
 
+#include "data/line_reader.h"
 #include "tokenizer/encoder.h"
 #include "tokenizer/id_buffer.h"
 
@@ -23,16 +24,15 @@ struct DocumentBatch {
   size_t text_bytes = 0;
   size_t dropped = 0;  // blank documents
   size_t lines = 0;    // or texts: how many were read, with the blank and the empty ones
-  size_t position = 0;  // of the first line that was not read, in bytes; the end if all were
 };
 
-// Encodes the whole lines that begin at `position`, JSON objects with a string under `key`, until the first that
-// JsonRecord does not accept or that is not UTF-8. Lines of spaces, tabs and carriage returns are passed over.
-DocumentBatch encode_lines(const Encoder& encoder, std::string_view lines, size_t position, std::string_view key,
+// Encodes lines, JSON objects with a string under `key`, and passes them, until the first that JsonRecord does not
+// accept or that is not UTF-8. Lines of spaces, tabs and carriage returns are passed over.
+DocumentBatch encode_lines(const Encoder& encoder, LineReader& reader, std::string_view key,
                            const BatchOptions& options);
 
 // Encodes the texts data[offsets[i] .. offsets[i + 1]) for i from `first` to count - 1, until the first that is not
-// UTF-8. `position` is not used. Offsets must ascend and stay in `data`.
+// UTF-8. Offsets must ascend and stay in `data`.
 DocumentBatch encode_texts(const Encoder& encoder, std::string_view data, const int64_t* offsets, size_t first,
                            size_t count, const BatchOptions& options);
 

@@ -11,7 +11,7 @@ from rwkv_ext.data.binidx import MAX_DOCUMENT
 from rwkv_ext.data.documents import Document, offset_name, read_line, read_row, read_text
 from rwkv_ext.data.duplicates import digests
 from rwkv_ext.data.input_file import COMPRESSED, InputFile
-from rwkv_ext.data.pieces import Lines, Rows, Texts
+from rwkv_ext.data.pieces import LineRange, Lines, Rows, Texts, got_shorter
 from rwkv_ext.tokenizer import WorldTokenizer
 
 NO_IDS = np.zeros(0, np.uint16)
@@ -59,9 +59,8 @@ class PieceEncoder:
     def encode(self, piece) -> Encoded:
         """Read and encode a piece. OSError and ValueError where it cannot be read; for what is wrong with a line see
         `Encoded.fail`."""
-        piece = piece.load()
         encoded = Encoded()
-        if isinstance(piece, Lines):
+        if isinstance(piece, Lines | LineRange):
             self._add_lines(piece, encoded)
         elif isinstance(piece, Rows):
             self._add_rows(piece, encoded)
@@ -71,36 +70,36 @@ class PieceEncoder:
             encoded.digests = [digests(*documents) for documents in zip(encoded.ids, encoded.sizes, strict=True)]
         return encoded
 
-    def _add_lines(self, piece: Lines, encoded: Encoded) -> None:
-        data, size, position = piece.data, piece.size, 0
-        encoded.end = piece.end
-        while position < size:
-            if self.is_native:
-                lines = memoryview(data)[:size]
-                options = (self.text_key, self.eod, self.drop_empty)
-                batch = native().encode_lines(self.tokenizer._native, lines, position, *options)
-                position = self._take(encoded, batch)
-                if position == size:
-                    break
-            stop = data.find(b"\n", position, size) + 1 or size
-            line, offset = bytes(data[position:stop]), piece.offset + position
-            end = piece.end if piece.is_compressed else piece.offset + stop
-            index = encoded.lines
+    def _add_lines(self, piece: Lines | LineRange, encoded: Encoded) -> None:
+        with piece.open() as reader:
+            first = piece.offset + reader.position
+            while True:
+                if self.is_native:
+                    options = (self.text_key, self.eod, self.drop_empty)
+                    self._take(encoded, reader.encode(self.tokenizer._native, *options))
+                offset = piece.offset + reader.position
+                encoded.end = piece.end if piece.is_compressed else offset
+                line = reader.next_line()
+                if not line:
+                    if reader.position < reader.end:
+                        raise got_shorter(piece.path)
+                    return
+                end = piece.end if piece.is_compressed else offset + len(line)
+                index = encoded.lines
 
-            def read(before: int, line=line, offset=offset, end=end, index=index) -> Document | None:
-                number = before + index + 1
-                where = f"{piece.path}: line {number}, {offset_name(piece.is_compressed)}"
-                return read_line(line, number, offset, end, where, self.text_key, self.invalid_utf8)
+                def read(before: int, line=line, offset=offset, end=end, index=index) -> Document | None:
+                    number = before + index + 1
+                    where = f"{piece.path}: line {number}, {offset_name(piece.is_compressed)}"
+                    return read_line(line, number, offset, end, where, self.text_key, self.invalid_utf8)
 
-            try:
-                document = read(1 if piece.offset else 0)  # only the first line of a file may have a byte order mark
-            except ValueError:
-                encoded.fail = read
-                return
-            if document is not None:
-                self._add(document, piece.path, encoded)
-            encoded.lines += 1
-            position = stop
+                try:
+                    document = read(1 if first else 0)  # only a file's first line may have a byte order mark
+                except ValueError:
+                    encoded.fail = read
+                    return
+                if document is not None:
+                    self._add(document, piece.path, encoded)
+                encoded.lines += 1
 
     def _add_rows(self, piece: Rows, encoded: Encoded) -> None:
         row, n_rows = 0, len(piece.offsets) - 1
@@ -136,15 +135,14 @@ class PieceEncoder:
     def _encode_texts(self, data, offsets: np.ndarray, first: int) -> tuple:
         return native().encode_texts(self.tokenizer._native, data, offsets, first, self.eod, self.drop_empty)
 
-    def _take(self, encoded: Encoded, batch: tuple) -> int:
-        """Add what the C++ reader gave; return where it stopped."""
-        ids, sizes, text_bytes, blank, lines, position = batch
+    def _take(self, encoded: Encoded, batch: tuple) -> None:
+        """Add what the C++ reader gave."""
+        ids, sizes, text_bytes, blank, lines = batch
         encoded.ids.append(ids)
         encoded.sizes.append(sizes)
         encoded.text_bytes += text_bytes
         encoded.blank += blank
         encoded.lines += lines
-        return position
 
     def _add(self, document: Document, path: Path, encoded: Encoded) -> None:
         if document.data is None:

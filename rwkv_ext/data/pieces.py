@@ -6,35 +6,36 @@ within its source (one file, or one row of text files), so that a source can be 
 """
 
 import os
-import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from rwkv_ext._load import native
 from rwkv_ext.data.documents import read_column
 from rwkv_ext.data.input_file import COMPRESSED, STANDARD_INPUT, InputFile, inner_suffix
 
 PIECE_BYTES = 16 << 20
 TEXT_FILES = 256  # in one piece, at most
+_BLOCK_BYTES = 128 << 10  # of lines, read together: they stay in a core's cache until they are encoded
 _SEARCHED = 1 << 16  # bytes read together in search of a line end
-_memory = threading.local()  # data: what a thread reads pieces into, which fresh pages would make slower by a tenth
 
 
 @dataclass
 class Lines:
-    """Whole lines of a .jsonl file."""
+    """Whole lines of a .jsonl file, in memory."""
 
     path: Path
-    data: bytes | bytearray  # the first `size` bytes of it
-    size: int
+    data: bytes
     offset: int  # of the data in the file, or in what it decompresses to
     end: int  # how far the file itself has been read
     is_compressed: bool
 
-    def load(self) -> "Lines":
-        return self
+    @contextmanager
+    def open(self) -> Iterator:
+        yield native().LineReader(self.data)
 
 
 @dataclass
@@ -44,24 +45,14 @@ class LineRange:
     path: Path
     begin: int
     end: int
+    offset = 0
+    is_compressed = False
 
-    def load(self) -> Lines:
-        """Read them, into memory that is this thread's until its next call. OSError where the file cannot be read."""
-        data = _memory.__dict__.setdefault("data", bytearray())
+    @contextmanager
+    def open(self) -> Iterator:
+        """Give a reader of them; `got_shorter` if it ends before `end`. OSError where the file cannot be read."""
         with open(self.path, "rb", buffering=0) as file:
-            begin = self._first_line(file)
-            size = max(0, self.end - begin)
-            del data[2 * PIECE_BYTES :]  # of a long line before
-            if len(data) < size:
-                data.extend(bytes(size - len(data)))
-            file.seek(begin)
-            if _fill(file, data, size) < size:
-                raise self._shorter()
-            while size and data[size - 1] != ord("\n") and (more := file.read(_SEARCHED)):
-                more = more[: more.find(b"\n") + 1] or more
-                data[size : size + len(more)] = more
-                size += len(more)
-        return Lines(self.path, data, size, begin, begin + size, False)
+            yield native().LineReader(file.fileno(), self._first_line(file), self.end, _BLOCK_BYTES)
 
     def _first_line(self, file) -> int:
         """Return where the first line begins that begins at or behind `begin`: `end` if none does before it."""
@@ -70,15 +61,12 @@ class LineRange:
         while 0 <= at < self.end:
             block = file.read(_SEARCHED)
             if not block:
-                raise self._shorter()
+                raise got_shorter(self.path)
             found = block.find(b"\n")
             if found >= 0:
                 return min(at + found + 1, self.end)
             at += len(block)
         return max(0, min(at, self.end))
-
-    def _shorter(self) -> ValueError:
-        return ValueError(f"{self.path}: must not change while it is read, got shorter; run it again")
 
 
 @dataclass
@@ -87,9 +75,6 @@ class Texts:
 
     paths: list[Path]
     ends: list[int]  # bytes of the source read with each
-
-    def load(self) -> "Texts":
-        return self
 
 
 @dataclass
@@ -103,9 +88,6 @@ class Rows:
     first: int  # number of row 0 in the table, counted from 1
     n_rows: int  # of the table
     size: int  # of the table's file
-
-    def load(self) -> "Rows":
-        return self
 
 
 @dataclass
@@ -155,17 +137,12 @@ def file_state(path: Path) -> tuple[str, int, int]:
     return str(path.resolve()), status.st_size, status.st_mtime_ns
 
 
+def got_shorter(path: Path) -> ValueError:
+    return ValueError(f"{path}: must not change while it is read, got shorter; run it again")
+
+
 def _is_text(path: Path) -> bool:
     return inner_suffix(path) not in (".jsonl", ".parquet")
-
-
-def _fill(file, data: bytearray, size: int) -> int:
-    """Read into the first `size` bytes of `data`, or up to the file's end; return how many bytes."""
-    view, filled = memoryview(data)[:size], 0
-    while filled < len(view) and (count := file.readinto(view[filled:])):
-        filled += count
-    view.release()
-    return filled
 
 
 def _line_blocks(path: Path, first: int) -> Iterator[Lines]:
@@ -182,7 +159,7 @@ def _line_blocks(path: Path, first: int) -> Iterator[Lines]:
             data = b"".join(parts)
             if data and number >= first:
                 end = file.consumed() if file.is_compressed else offset + len(data)
-                yield Lines(path, data, len(data), offset, end, file.is_compressed)
+                yield Lines(path, data, offset, end, file.is_compressed)
             parts, offset, number = [block[cut:]], offset + len(data), number + 1
 
 
