@@ -23,6 +23,10 @@ def begins(data):
     return [0, *(at + 1 for at in range(len(data)) if data[at] == ord("\n"))]
 
 
+def lines_between(data, begin, end):
+    return [line for line, at in zip(data.splitlines(True), begins(data), strict=False) if begin <= at < end]
+
+
 def read_lines(reader):
     return list(iter(reader.next_line, b""))
 
@@ -33,7 +37,7 @@ def test_lines_of_any_part_by_any_block(path, data):
     with open(path, "rb") as file:
         for begin in begins(data):
             for end in range(len(data) + 1):
-                expected = [line for line, at in zip(data.splitlines(True), begins(data)) if begin <= at < end]  # noqa: B905
+                expected = lines_between(data, begin, end)
                 for block in (1, 2, 3, 7, 16, 50, 1000):
                     reader = native().LineReader(file.fileno(), begin, end, block)
                     assert reader.position == begin and reader.end == end
