@@ -14,6 +14,13 @@ inline uint16_t* match_segment(const MatchCell* cells, const uint8_t* text, size
   return out;
 }
 
+template <size_t kBytes>
+uint64_t hash_of_key(const SegmentKey<kBytes>& key) {
+  uint64_t hash = 0;
+  for (size_t i = 0; i < kBytes; i += sizeof(Block)) hash = Block::load(key.bytes + i).hash(hash);
+  return hash;
+}
+
 // Encodes a segment that was not found and puts it in `entry`. From the key, not from the text, which a careless caller
 // may change meanwhile: an entry must never be wrong. Out of line: the loop around it has few registers to spare.
 template <typename Entry>
@@ -23,9 +30,11 @@ template <typename Entry>
   const auto count = static_cast<size_t>(end - out);
   memo.verify(out, end, key.bytes, length);
   if (count > Entry::kMaxIds) return end;
+  const bool is_replaced = entry.is_used();
   entry.key = key;
   std::memcpy(entry.ids, out, count * sizeof(uint16_t));
   entry.count = static_cast<uint16_t>(count);
+  if (is_replaced && memo.table<Entry>().is_too_small()) memo.table<Entry>().grow(hash_of_key<Entry::kKeyBytes>);
   return end;
 }
 
@@ -45,7 +54,7 @@ inline uint16_t* recall_segment(const MatchCell* cells, SegmentMemo& memo, const
     }
     hash = key[i].hash(hash);
   }
-  Entry& entry = memo.entry<Entry>(hash);
+  Entry& entry = memo.table<Entry>()[hash];
   Block difference = key[0].difference(Block::load(entry.key.bytes));
   for (size_t i = 1; i < kBlocks; ++i) {
     difference = difference.join(key[i].difference(Block::load(entry.key.bytes + i * sizeof(Block))));

@@ -1,8 +1,6 @@
 // What short segments of a text encoded to, so that a word seen before costs one look-up.
 #pragma once
 
-#include <sys/mman.h>
-
 #include <array>
 #include <atomic>
 #include <cstddef>
@@ -11,6 +9,7 @@
 #include <new>
 #include <type_traits>
 
+#include "tokenizer/memo_table.h"
 #include "tokenizer/vocabulary.h"
 
 namespace rwkv {
@@ -31,6 +30,8 @@ struct MemoEntry {
   SegmentKey<kBytes> key;
   uint16_t ids[kMaxIds];
   uint16_t count;  // of ids
+
+  bool is_used() const { return key.bytes[kBytes - 1] != 0; }
 };
 
 using ShortEntry = MemoEntry<16>;  // 32 bytes: words in Latin letters
@@ -49,26 +50,22 @@ constexpr KeyRows make_key_rows() {
 }
 inline constexpr KeyRows kKeyRows = make_key_rows();
 
-// Direct-mapped: a segment has one place and replaces what is there. An entry holds its whole segment, so a hit is
-// never a guess. For one thread at a time, and for one encoder.
+// A segment has one place and replaces what is there. An entry holds its whole segment, so a hit is never a guess. For
+// one thread at a time, and for one encoder.
 //
 // With a vocabulary, ids are verified with it: that what they decode to is their text. Those of a segment are when it
 // comes to the memo, so that a hit, which compares the segment, needs no more than that.
 class SegmentMemo {
  public:
-  explicit SegmentMemo(const Vocabulary* verify_with) : vocabulary_(verify_with) {
-    // As many addresses again, of which the part is used that starts where a large page does: one large page of zeros,
-    // if the system gives one, takes a tenth of the time of 512 small ones that are touched one by one.
-    memory_ = mmap(nullptr, 2 * kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory_ == MAP_FAILED) throw std::bad_alloc();
-    const auto begin = (reinterpret_cast<uintptr_t>(memory_) + kBytes - 1) / kBytes * kBytes;
-    (void)madvise(reinterpret_cast<void*>(begin), kBytes, MADV_HUGEPAGE);
+  explicit SegmentMemo(const Vocabulary* verify_with)
+      : memory_(LargePages::kSize),
+        short_(memory_.data(), kShort, most_bytes(verify_with)),
+        long_(memory_.data() + kShort * sizeof(ShortEntry), kLong, most_bytes(verify_with)),
+        vocabulary_(verify_with) {
+    if (!memory_) throw std::bad_alloc();
     // All of it now, so that no text waits for it.
-    for (size_t page = 0; page < kBytes; page += 4096) *reinterpret_cast<volatile uint8_t*>(begin + page) = 0;
-    short_ = reinterpret_cast<ShortEntry*>(begin);
-    long_ = reinterpret_cast<LongEntry*>(begin + kShortBytes);
+    for (size_t page = 0; page < LargePages::kSize; page += 4096) *(memory_.data() + page) = 0;
   }
-  ~SegmentMemo() { munmap(memory_, 2 * kBytes); }
   SegmentMemo(const SegmentMemo&) = delete;
   SegmentMemo& operator=(const SegmentMemo&) = delete;
 
@@ -80,13 +77,12 @@ class SegmentMemo {
   // Whether all ids so far were right.
   bool is_right();
 
-  // The one entry where a segment may be, by a hash of its key.
   template <typename Entry>
-  Entry& entry(uint64_t hash) {
+  MemoTable<Entry>& table() {
     if constexpr (std::is_same_v<Entry, ShortEntry>) {
-      return short_[hash % kShort];
+      return short_;
     } else {
-      return long_[hash % kLong];
+      return long_;
     }
   }
 
@@ -102,15 +98,16 @@ class SegmentMemo {
   bool is_waiting_right() const;  // in one comparison, where its tokens are short: nearly always
   bool are_of(const uint16_t* ids, const uint16_t* end, const uint8_t* text, size_t length) const;
 
+  // What suffices for most texts fits in one large page. A build reads as much as there is, in one thread for each
+  // core: there a miss costs more than memory.
   static constexpr size_t kShort = 1 << 15;  // 1 MiB
   static constexpr size_t kLong = 1 << 14;   // 1 MiB
-  static constexpr size_t kShortBytes = kShort * sizeof(ShortEntry);
-  static constexpr size_t kBytes = kShortBytes + kLong * sizeof(LongEntry);
-  static_assert(kBytes == 2 << 20, "a large page");
+  static_assert(kShort * sizeof(ShortEntry) + kLong * sizeof(LongEntry) == LargePages::kSize);
+  static constexpr size_t most_bytes(bool is_build) { return is_build ? 16 << 20 : 4 << 20; }  // of one table
 
-  void* memory_;
-  ShortEntry* short_;
-  LongEntry* long_;
+  LargePages memory_;
+  MemoTable<ShortEntry> short_;
+  MemoTable<LongEntry> long_;
   const Vocabulary* vocabulary_;
   Waiting waiting_;
   bool is_right_ = true;
