@@ -52,7 +52,7 @@ int main(int count_arguments, char** arguments) {
     entry.key = key;
     if (!is_replaced) continue;
     const bool is_time = ++replaced == 2 * entries && asked < (may_grow ? 3 : 1);
-    require(table.is_too_small() == is_time, "must ask to grow when two for each entry were replaced, until it may not");
+    require(table.is_too_small() == is_time, "must ask to grow once two for each entry were replaced");
     if (!is_time) continue;
     const size_t before = count(table, key);
     table.grow(hash);

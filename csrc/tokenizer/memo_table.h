@@ -51,10 +51,10 @@ class MemoTable {
 
   Entry& operator[](uint64_t hash) { return entries_[hash & mask_]; }
 
-  // To be called when one took the place of another. True when that was so often that to be larger would have cost less.
+  // To be called when one took the place of another. True once that was so often that to be larger would cost less.
   bool is_too_small() { return --patience_ == 0; }
 
-  // Grows, with all that is in it, if it may and there is memory. Asked too_small() again only after that.
+  // Grows, with all that is in it, if it may and there is memory; else is_too_small() is never true again.
   template <typename Hash>
   void grow(const Hash& hash_of_key) {
     const size_t count = kGrowth * (mask_ + 1);
