@@ -1,5 +1,6 @@
 // rwkv_ext._native: many documents at once, from JSON lines or from texts back to back, to ids back to back, and those
 // in another order.
+#include <algorithm>
 #include <cerrno>
 #include <optional>
 #include <stdexcept>
@@ -59,9 +60,12 @@ class Lines {
   size_t end() const { return reader_.end(); }
 
   py::tuple encode(const Tokenizer& tokenizer, const std::string& key, bool eod, bool drop_blank, bool use_vectors) {
-    return to_tuple(read([&] {
-      return rwkv::encode_lines(tokenizer.encoder, reader_, key, {eod, drop_blank, use_vectors});
-    }));
+    const size_t begin = position();
+    rwkv::DocumentBatch batch = read([&] {
+      return rwkv::encode_lines(tokenizer.encoder, reader_, key, {eod, drop_blank, use_vectors}, expected_);
+    });
+    expected_ = position() - begin;
+    return to_tuple(std::move(batch));
   }
 
   // The next line, with its end, and passes it; no bytes behind the last.
@@ -79,6 +83,9 @@ class Lines {
  private:
   std::optional<BytesView> memory_;
   rwkv::LineReader reader_;
+  // Bytes that encode() passes: all, then as many as the last time. Room for all, which comes from the system and goes
+  // back to it, takes longer than a few lines between two that are left to Python.
+  size_t expected_ = std::max(position(), end()) - position();
 };
 
 template <typename T>

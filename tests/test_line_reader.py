@@ -3,11 +3,14 @@
 import errno
 import os
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from rwkv_ext._load import native
+from rwkv_ext.vocabulary import WORLD_COMPILED
 
 LINES = [b"", b" ", b"{}", b'{"text": "a"}', b'{"text": "' + b"word " * 30 + b'"}', b"\r", b'{"text": "na\xc3\xafve"}']
 DATA = [b"", b"\n", b"a", b"a\n", b"\n\n\n", b"a\nbb\n\n\nccc", b"\n\n" + b"x" * 40 + b"\ny\n", b"\n".join(LINES)]
@@ -68,6 +71,28 @@ def test_documents_of_any_block_with_lines_that_are_left_to_python(path, world):
                 count += 1
             assert count == len(lines) and reader.position == len(data)
             assert texts == [line[len(b'{"text": "') : -len(b'"}')] for line in expected]
+
+
+FAULTS = """
+import resource, sys
+from rwkv_ext._load import native
+
+tokenizer = native().Tokenizer.map(sys.argv[1])
+data = (b'{"text": "some words"}\\n' * 3 + b"{}\\n") * 200_000
+reader = native().LineReader(data)
+kept = []
+while len(kept) < 2_000:
+    if len(kept) == 100:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    kept.append(reader.encode(tokenizer, "text", True, False)[0])
+    assert reader.next_line() == b"{}\\n"
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_few_lines_between_two_left_to_python_take_no_memory_from_the_system():
+    done = subprocess.run([sys.executable, "-c", FAULTS, WORLD_COMPILED], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1_000  # page faults of 1,900 calls, each at least one if it had room for all lines
 
 
 def test_a_line_much_longer_than_a_block(path):

@@ -8,7 +8,7 @@
 namespace rwkv {
 namespace {
 
-constexpr size_t kUsualBytes = 2;  // of a line for each token: room that is not used costs nothing
+constexpr size_t kUsualBytes = 2;  // of a line for each token
 
 // Adds texts to a batch.
 class Documents {
@@ -74,11 +74,11 @@ bool is_blank(std::string_view text) {
 }
 
 DocumentBatch encode_lines(const Encoder& encoder, LineReader& reader, std::string_view key,
-                           const BatchOptions& options) {
+                           const BatchOptions& options, size_t expected_bytes) {
   DocumentBatch batch;
   Documents documents(encoder, options, batch);
   JsonRecord record(options.use_vectors);
-  if (reader.position() < reader.end()) batch.ids.reserve((reader.end() - reader.position()) / kUsualBytes);
+  batch.ids.reserve(expected_bytes / kUsualBytes);
   for (std::string_view lines; !(lines = reader.lines()).empty();) {
     // A record is read to where its line ends, not to an end that would have to be looked for first.
     std::string_view rest = lines, text;

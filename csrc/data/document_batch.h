@@ -27,9 +27,10 @@ struct DocumentBatch {
 };
 
 // Encodes lines, JSON objects with a string under `key`, and passes them, until the first that JsonRecord does not
-// accept or that is not UTF-8. Lines of spaces, tabs and carriage returns are passed over.
+// accept or that is not UTF-8. Lines of spaces, tabs and carriage returns are passed over. There is room at first for
+// the ids of `expected_bytes` of lines.
 DocumentBatch encode_lines(const Encoder& encoder, LineReader& reader, std::string_view key,
-                           const BatchOptions& options);
+                           const BatchOptions& options, size_t expected_bytes);
 
 // Encodes the texts data[offsets[i] .. offsets[i + 1]) for i from `first` to count - 1, until the first that is not
 // UTF-8. Offsets must ascend and stay in `data`.
