@@ -20,7 +20,7 @@ void LineReader::reserve(size_t size) {
 
 // Reads one more block behind the front of a line, with which lines_ then begins if the block has a line end.
 void LineReader::read() {
-  std::copy(buffer_.get() + front_, buffer_.get() + filled_, buffer_.get());
+  if (front_ != 0) std::copy(buffer_.get() + front_, buffer_.get() + filled_, buffer_.get());
   filled_ -= front_;
   front_ = 0;
   reserve(filled_ + block_);

@@ -7,7 +7,7 @@
 
 namespace rwkv {
 
-// A file is read a block at a time, which takes as much memory, or as much as the longest line.
+// A file is read a block at a time, which takes as much memory, or up to twice as much as the longest line.
 class LineReader {
  public:
   // The lines of memory that outlives the reader.

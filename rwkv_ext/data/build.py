@@ -45,10 +45,10 @@ def build(
     the documents in an order that depends on `seed` and their numbers alone, `epochs` times, each time in another.
     shard_tokens makes OUT-00000-of-00003 and so on, as many documents in each as have at most that many tokens.
 
-    Each thread has a piece of 16 MiB of text in memory, or one document if that is longer. Nothing appears under the
-    final names unless all of it succeeds. After a crash, Ctrl-C or a full disk the same call goes on where the journal
-    in .NAME.building says, if it is for the same inputs and options. ValueError for text that is not what
-    `read_documents` needs, for inputs without a document, and while another process builds OUT.
+    Two pieces of 16 MiB of text for each thread are in memory, as text or as ids, or one document if that is longer.
+    Nothing appears under the final names unless all of it succeeds. After a crash, Ctrl-C or a full disk the same call
+    goes on where the journal in .NAME.building says, if it is for the same inputs and options. ValueError for text that
+    is not what `read_documents` needs, for inputs without a document, and while another process builds OUT.
     """
     begin = time.monotonic()
     if invalid_utf8 not in INVALID_UTF8:
