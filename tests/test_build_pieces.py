@@ -117,6 +117,28 @@ def test_bad_line_of_a_late_piece(tmp_path, world, small_pieces, name):
         assert {path.name for path in tmp_path.iterdir()} == {"first.jsonl", name}
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_byte_order_mark_before_any_line_but_the_first(tmp_path, world, small_pieces, name):
+    data = "\n".join([*LINES[:3], "\ufeff" + LINES[3]]).encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    at = len("\n".join(LINES[:3]).encode()) + 1
+    for size in (1, at, 10_000):  # a line of its own piece, too
+        small_pieces(size)
+        with pytest.raises(ValueError, match=rf"{name}: line 4, .*byte offset {at}: .*bad JSON \(Unexpected UTF-8 BOM"):
+            build([tmp_path / name], tmp_path / "out", tokenizer=world)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_how_far_a_file_was_read(tmp_path, world, small_pieces, name):
+    path, data = tmp_path / name, "\n".join([*LINES[:9], *ODD, *LINES[9:]]).encode()
+    path.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    small_pieces(300)
+    [source] = pieces.find_sources([path])
+    ends = [PieceEncoder(world).encode(piece).end for piece in source.pieces("text")]
+    assert len(ends) > 5 and ends == sorted(ends) and ends[-1] == path.stat().st_size
+    assert name.endswith("gz") or all(data[end - 1 : end] == b"\n" for end in ends[:-1])
+
+
 def test_bad_row_of_a_late_batch(tmp_path, world, small_pieces):
     small_pieces(500)
     pyarrow.parquet.write_table(pyarrow.table({"text": [*TEXTS, None]}), tmp_path / "a.parquet")
