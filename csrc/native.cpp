@@ -71,7 +71,7 @@ class Texts {
 rwkv::IdBuffer encode(const Tokenizer& tokenizer, std::string_view text) {
   const py::gil_scoped_release unlock;
   rwkv::IdBuffer ids;
-  ids.reserve(rwkv::expected_ids(text.size()));
+  ids.reserve(tokenizer.encoder.expected_ids({text}));
   tokenizer.encoder.encode(text, ids);
   return ids;
 }

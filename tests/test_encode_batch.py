@@ -2,6 +2,8 @@
 
 import mmap
 import random
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -72,16 +74,47 @@ def test_long_runs_without_a_place_to_cut(world, piece):
     np.testing.assert_array_equal(world.encode_packed([b"x" + text, text], 2)[0][-50:], world.encode_array(text)[-50:])
 
 
+def parts(sampled, other, size=250_000):
+    """A text that is `sampled` at each eighth, where it is asked how many ids a text may have, and `other` between."""
+    return b"".join(sampled[:2_000] + other[i : i + size - 2_000] for i in range(8))
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5, 40])
-def test_more_ids_than_there_was_room_for(world, threads):
+def test_more_ids_and_fewer_than_there_was_room_for(world, threads):
     # nearly every byte is a token, so that the ids that come last have no place until all are counted
-    text = random.Random(4).randbytes(2_000_000)
+    noise, spaces = random.Random(4).randbytes(300_000), b" " * 300_000
+    text = parts(spaces, noise)
     expected = world.encode_array(text)
     assert len(expected) > 0.8 * len(text)
     np.testing.assert_array_equal(world.encode_array(text, threads=threads), expected)
-    texts = [TEXT, text, b"", text[:77], TEXT[:300_000], b""]
+    np.testing.assert_array_equal(expected[-1000:], world.encode_array(text[-10_000:])[-1000:])
+    texts = [TEXT, text, b"", text[:77], parts(noise, spaces), TEXT[:300_000], b""]
     check_batch(world, texts, threads=threads)
     check_batch(world, texts[::-1], threads=threads, dtype=np.uint32)
+
+
+FAULTS = """
+import resource, sys
+import rwkv_ext
+
+world, text, threads = rwkv_ext.WorldTokenizer(), sys.stdin.buffer.read(), int(sys.argv[1])
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        world.encode_array(text, threads=threads)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_ids_get_the_memory_of_those_before(threads):
+    # of 256 pages a call, were memory cut to the ids' size and the next call given new memory
+    result = subprocess.run([sys.executable, "-c", FAULTS, str(threads)], input=TEXT, capture_output=True, check=True)
+    assert int(result.stdout) < 20 * 60
 
 
 @pytest.mark.parametrize("length", [*range(70), 5_000])

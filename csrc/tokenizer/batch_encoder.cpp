@@ -167,7 +167,7 @@ BatchEncoder::BatchEncoder(const Encoder& encoder, const std::vector<std::string
   const size_t tasks = tasks_.size() - 1;
   threads_ = std::clamp<size_t>(tasks, 1, std::max<size_t>(threads, 1));
 
-  ids_.reserve(expected_ids(all_bytes));
+  ids_.reserve(encoder.expected_ids(texts));
   TaskOffsets offsets(tasks);
   std::vector<std::optional<Worker>> workers(threads_);
   share_tasks(tasks, threads_, [&](size_t thread, TaskQueue& queue) {

@@ -13,6 +13,9 @@ constexpr size_t kPiece = 4096;        // bytes whose boundaries are found befor
 constexpr size_t kLongSegment = 1024;  // bytes without a boundary
 constexpr size_t kLastBytes = 256;
 constexpr size_t kSlack = 16;  // ids
+constexpr size_t kLongText = 512 * 1024;  // bytes, of which kSamples times kSample say how many ids there are
+constexpr size_t kSamples = 8;
+constexpr size_t kSample = 1024;
 
 }  // namespace
 
@@ -58,6 +61,26 @@ void Encoder::encode_segments(Run& run, size_t piece, size_t end, uint16_t* ends
   if (count == 0) return;
   run.out = segment_loop_(cells_, run.memo, {run.text + run.start, base, ends, count}, run.out);
   run.start = piece + ends[count - 1];
+}
+
+size_t Encoder::expected_ids(const std::vector<std::string_view>& texts) const {
+  size_t all = 0;
+  for (const std::string_view text : texts) all += text.size();
+  if (all < kLongText) return rwkv::expected_ids(all);
+
+  const Memo memo(*this);
+  IdBuffer ids;
+  size_t sampled = 0, next = 0, begin = 0;  // of the text among all
+  for (const std::string_view text : texts) {
+    for (; next < begin + text.size(); next += all / kSamples) {
+      const std::string_view sample = text.substr(next - begin, kSample);
+      encode(sample, ids, memo);
+      sampled += sample.size();
+    }
+    begin += text.size();
+  }
+  const double ids_per_byte = static_cast<double>(ids.size()) / static_cast<double>(sampled);
+  return static_cast<size_t>(1.1 * ids_per_byte * static_cast<double>(all)) + rwkv::expected_ids(0);
 }
 
 size_t Encoder::find_boundary(std::string_view text, size_t start) const {

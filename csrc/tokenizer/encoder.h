@@ -6,6 +6,7 @@
 #include <memory>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "tokenizer/boundaries.h"
 #include "tokenizer/id_buffer.h"
@@ -16,7 +17,7 @@
 
 namespace rwkv {
 
-// How many ids to reserve room for: more than nearly every text of so many bytes has.
+// How many ids to reserve room for, of a short text: more than nearly every text of so many bytes has.
 constexpr size_t expected_ids(size_t bytes) { return bytes / 2 + 4096; }
 
 // The only state is the position, so any two encodings that share one token boundary agree after it: a segment between
@@ -51,6 +52,10 @@ class Encoder {
   // Appends the ids of any bytes, UTF-8 or not. Never produces id 0.
   void encode(std::string_view text, IdBuffer& ids) const { encode(text, ids, Memo(*this)); }
   void encode(std::string_view text, IdBuffer& ids, const Memo& memo) const;
+
+  // How many ids to reserve room for, of all texts: a little more than they have if they are like parts of them. Memory
+  // that need not be cut to size afterwards is memory that the next call can have without a page fault.
+  size_t expected_ids(const std::vector<std::string_view>& texts) const;
 
   // The first position behind `start`, or the text's end, where a token must end, if one ends at the text's begin.
   size_t find_boundary(std::string_view text, size_t start) const;

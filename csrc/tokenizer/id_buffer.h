@@ -41,9 +41,9 @@ class IdBuffer {
   size_t size() const { return size_; }
   size_t capacity() const { return capacity_; }
 
-  // The memory itself, no larger than the ids need.
+  // The memory itself, at most a sixth larger than the ids need.
   std::unique_ptr<uint16_t, FreeMemory> release() {
-    if (capacity_ > size_ + 64) (void)reallocate(std::max<size_t>(size_, 1));
+    if (capacity_ - size_ > size_ / 6 + 64) (void)reallocate(std::max<size_t>(size_, 1));
     return std::move(ids_);
   }
 
