@@ -2,9 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 
 #include "data/json_unescape.h"
 
@@ -119,13 +117,13 @@ char short_escape(char byte) {
 
 // Walks over a line; every function moves `at` behind what it reads and returns false where that is not there. None
 // passes a line end: it is neither space nor a part of a string.
-template <bool kVectors, typename Scratch>
+template <bool kVectors>
 struct Walk {
   const char* at;
   const char* end;
   Unescape unescape;  // or null
-  Scratch& key_scratch;
-  Scratch& text_scratch;
+  GrowingBytes& key_scratch;
+  GrowingBytes& text_scratch;
 
   bool next_is(char byte) {
     if (at == end || *at != byte) return false;
@@ -210,7 +208,7 @@ struct Walk {
   }
 
   // Behind the opening quote. The string stays where it is unless it has an escape.
-  bool read_string(Scratch& scratch, std::string_view& string) {
+  bool read_string(GrowingBytes& scratch, std::string_view& string) {
     const char* first = at;
     at = find_special<kVectors>(at, end);
     if (next_is('"')) {
@@ -234,7 +232,7 @@ struct Walk {
           return false;
         }
       } else if (!is_cut) {
-        string = {scratch.room(0, 0), size + static_cast<size_t>(out - begin)};
+        string = {scratch.data(), size + static_cast<size_t>(out - begin)};
         return next_is('"');
       }
       size += static_cast<size_t>(out - begin);
@@ -311,18 +309,6 @@ struct Walk {
 
 }  // namespace
 
-char* JsonRecord::Scratch::room(size_t kept, size_t count) {
-  if (size_ - kept < count) {
-    const size_t size = std::max(kept + count, size_ + size_ / 2);
-    void* moved = std::realloc(bytes_.get(), size);
-    if (!moved) throw std::bad_alloc();
-    (void)bytes_.release();
-    bytes_.reset(static_cast<char*>(moved));
-    size_ = size;
-  }
-  return bytes_.get() + kept;
-}
-
 bool JsonRecord::read(std::string_view& lines, std::string_view key, std::string_view& text) {
   const char* const end = lines.data() + lines.size();
   const auto read_with = [&](auto walk) {
@@ -330,8 +316,8 @@ bool JsonRecord::read(std::string_view& lines, std::string_view key, std::string
     lines.remove_prefix(static_cast<size_t>(walk.at - lines.data()));
     return true;
   };
-  return use_vectors_ ? read_with(Walk<true, Scratch>{lines.data(), end, find_unescape(), key_, text_})
-                      : read_with(Walk<false, Scratch>{lines.data(), end, nullptr, key_, text_});
+  return use_vectors_ ? read_with(Walk<true>{lines.data(), end, find_unescape(), key_, text_})
+                      : read_with(Walk<false>{lines.data(), end, nullptr, key_, text_});
 }
 
 }  // namespace rwkv

@@ -2,10 +2,9 @@
 #pragma once
 
 #include <cstddef>
-#include <memory>
 #include <string_view>
 
-#include "tokenizer/id_buffer.h"
+#include "data/growing_bytes.h"
 
 namespace rwkv {
 
@@ -23,20 +22,11 @@ class JsonRecord {
   bool read(std::string_view& lines, std::string_view key, std::string_view& text);
 
  private:
-  // Memory for an unescaped string. It grows with the string: where that ends nobody knows, and as much as all that
-  // follows in the piece would be given back to the system, and its pages filled anew, with every line not accepted.
-  class Scratch {
-   public:
-    char* room(size_t kept, size_t count);  // for `count` bytes behind the first `kept`, which stay
-
-   private:
-    std::unique_ptr<char, FreeMemory> bytes_;
-    size_t size_ = 0;
-  };
-
   bool use_vectors_;
-  Scratch key_;
-  Scratch text_;
+  // For unescaped strings. They grow with the string: where that ends nobody knows, and as much as all that follows in
+  // the piece would be given back to the system, and its pages filled anew, with every line not accepted.
+  GrowingBytes key_;
+  GrowingBytes text_;
 };
 
 }  // namespace rwkv

@@ -9,25 +9,15 @@
 
 namespace rwkv {
 
-void LineReader::reserve(size_t size) {
-  if (size <= size_) return;
-  size = std::max(size, 2 * size_);
-  std::unique_ptr<char[]> larger(new char[size]);
-  std::copy(buffer_.get(), buffer_.get() + filled_, larger.get());
-  buffer_ = std::move(larger);
-  size_ = size;
-}
-
 // Reads one more block behind the front of a line, with which lines_ then begins if the block has a line end.
 void LineReader::read() {
-  if (front_ != 0) std::copy(buffer_.get() + front_, buffer_.get() + filled_, buffer_.get());
+  if (front_ != 0) std::copy(buffer_.data() + front_, buffer_.data() + filled_, buffer_.data());
   filled_ -= front_;
   front_ = 0;
-  reserve(filled_ + block_);
 
   const size_t at = position_ + filled_;
   const bool is_last = at >= end_;  // the line, whose end is all that is looked for
-  char* const block = buffer_.get() + filled_;
+  char* const block = buffer_.room(filled_, block_);
   ssize_t count;
   do {
     count = pread(file_, block, is_last ? block_ : std::min(block_, end_ - at), static_cast<off_t>(at));
@@ -40,10 +30,10 @@ void LineReader::read() {
     is_done_ = true;
     if (is_last) front_ = filled_;
   } else if (const void* line_end = is_last ? std::memchr(block, '\n', size) : memrchr(block, '\n', size)) {
-    front_ = static_cast<size_t>(static_cast<const char*>(line_end) - buffer_.get()) + 1;
+    front_ = static_cast<size_t>(static_cast<const char*>(line_end) - buffer_.data()) + 1;
     is_done_ = is_last || position_ + front_ == end_;
   }
-  lines_ = {buffer_.get(), front_};
+  lines_ = {buffer_.data(), front_};
 }
 
 }  // namespace rwkv

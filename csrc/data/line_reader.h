@@ -2,12 +2,13 @@
 #pragma once
 
 #include <cstddef>
-#include <memory>
 #include <string_view>
+
+#include "data/growing_bytes.h"
 
 namespace rwkv {
 
-// A file is read a block at a time, which takes as much memory, or up to twice as much as the longest line.
+// A file is read a block at a time, which takes as much memory, or up to half as much again as the longest line.
 class LineReader {
  public:
   // The lines of memory that outlives the reader.
@@ -36,16 +37,14 @@ class LineReader {
 
  private:
   void read();
-  void reserve(size_t size);
 
   int file_ = -1;
   size_t block_ = 0;
   size_t position_ = 0;
   size_t end_;
-  std::unique_ptr<char[]> buffer_;  // lines_, then the front of a line
-  size_t size_ = 0;                 // of the buffer
-  size_t front_ = 0;                // where that begins
-  size_t filled_ = 0;               // where it ends
+  GrowingBytes buffer_;  // lines_, then the front of a line
+  size_t front_ = 0;     // where that begins
+  size_t filled_ = 0;    // where it ends
   std::string_view lines_;
   bool is_done_;  // nothing is left to be read
 };
